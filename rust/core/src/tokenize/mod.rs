@@ -1,0 +1,17 @@
+//! Text to packed token ids and back, a batch at a time.
+//!
+//! [`TextCodec`] owns the batch: packing, threads, checks of what comes in. The tokenizer behind it is
+//! an [`Encoder`], which sees one text or one sequence of ids at a time.
+
+mod batch;
+mod codec;
+mod encoder;
+mod hugging_face;
+mod stand_ins;
+mod vocabulary;
+mod workers;
+
+pub use batch::TokenBatch;
+pub use codec::TextCodec;
+pub use encoder::Encoder;
+pub use hugging_face::HuggingFaceEncoder;
