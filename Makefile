@@ -1,0 +1,57 @@
+# Every recipe makes what it needs: a fresh checkout needs only Python 3.11 and a Rust toolchain.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+STUDENT := models/SmolLM2-135M-Instruct
+RUST := $(shell find rust Cargo.toml Cargo.lock -name target -prune -o -type f -print)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-python test-rust lint format wheel clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: $(VENV)/built $(STUDENT) ## environment, build, student, quickstart run (minutes)
+	rm -rf runs/quickstart
+	$(BIN)/gad-fast train recipes/quickstart.toml
+
+test: test-rust test-python ## environment, build, all Rust and Python tests
+
+test-rust:
+	cargo test --quiet --workspace --exclude gad-fast-python
+
+test-python: $(VENV)/built
+	$(BIN)/pytest
+
+lint: $(VENV)/built ## formatting, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+	$(BIN)/basedpyright -p tests/pyrightconfig.json
+	$(BIN)/lint-imports --no-cache
+	cargo fmt --check
+	cargo clippy --quiet --workspace --all-targets -- -D warnings
+
+format: $(VENV)/built ## rewrite the code in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	cargo fmt
+
+wheel: $(VENV)/built ## wheel and sdist in dist/
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+
+clean: ## remove everything that was built
+	rm -rf $(VENV) target dist build .pytest_cache .ruff_cache
+
+$(STUDENT): $(VENV)/built
+	$(BIN)/python scripts/fetch_model.py student $@
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+# Editable: Python changes need no new build, a Rust change makes one.
+$(VENV)/built: pyproject.toml constraints.txt $(RUST) | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,examples,quickstart]'
+	touch $@

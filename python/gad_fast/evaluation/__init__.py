@@ -1,0 +1,1 @@
+"""How good the student is: on held-out prompts, without a judge."""

@@ -1,0 +1,1 @@
+"""The game: warm-up, then the student against the discriminator."""

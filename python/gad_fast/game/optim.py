@@ -1,0 +1,88 @@
+"""One player's optimizer: AdamW, its learning-rate schedule, and the gate before an update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from gad_fast.config import LearningRateSettings, OptimizerSettings
+from gad_fast.errors import NonFiniteError
+
+Schedule = Callable[[int], float]
+
+
+class PlayerOptimizer:
+    """Updates one player; its moments live on from stage to stage, its schedule starts anew."""
+
+    def __init__(
+        self, player: str, parameters: Iterable[nn.Parameter], settings: OptimizerSettings
+    ) -> None:
+        self.player = player
+        self.learning_rate = 0.0
+        self._max_grad_norm = settings.max_grad_norm
+        self._parameters = [p for p in parameters if p.requires_grad]
+        self._adamw = torch.optim.AdamW(
+            self._parameters,
+            betas=(settings.beta1, settings.beta2),
+            weight_decay=settings.weight_decay,
+        )
+        self._schedule: Schedule = lambda _: 0.0
+        self._num_updates = 0
+
+    def begin_stage(self, settings: LearningRateSettings, num_updates: int) -> None:
+        """Starts the schedule of a stage of `num_updates` updates."""
+        self._schedule = schedule(settings, num_updates)
+        self._num_updates = 0
+
+    def update(self, loss: float) -> float:
+        """Clips the gradients, updates the weights, and clears the gradients.
+
+        Args:
+            loss: value whose gradients have been accumulated.
+
+        Returns:
+            The gradients' norm before clipping.
+
+        Raises:
+            NonFiniteError: the loss or the norm is not finite; the weights are as before.
+        """
+        norm = float(nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NonFiniteError(
+                f"the {self.player}'s loss is {loss} with gradient norm {norm}: stopped before the "
+                f"update (lower its learning rate or hardware.compute_dtype = 'float32')"
+            )
+        self.learning_rate = self._schedule(self._num_updates)
+        for group in self._adamw.param_groups:
+            group["lr"] = self.learning_rate
+        self._adamw.step()
+        self._adamw.zero_grad()
+        self._num_updates += 1
+        return norm
+
+
+def schedule(settings: LearningRateSettings, num_updates: int) -> Schedule:
+    """Learning rate of each update of a stage, counted from 0.
+
+    The last update runs at `final_fraction * peak` unless the schedule is constant.
+    """
+
+    def rate(update: int) -> float:
+        if update < settings.ramp_steps:
+            return settings.peak * (update + 1) / (settings.ramp_steps + 1)
+        span = max(1, num_updates - 1 - settings.ramp_steps)
+        progress = min(1.0, (update - settings.ramp_steps) / span)
+        match settings.schedule:
+            case "constant":
+                remaining = 1.0
+            case "linear":
+                remaining = 1.0 - progress
+            case "cosine":
+                remaining = 0.5 * (1.0 + math.cos(math.pi * progress))
+        floor = settings.final_fraction
+        return settings.peak * (floor + (1.0 - floor) * remaining)
+
+    return rate

@@ -1,0 +1,196 @@
+"""The verbs of a step: sample, train the discriminator, imitate, train the student.
+
+Each training verb works through token-budgeted micro-batches and makes exactly one update; every
+loss is divided by the tokens or pairs of the whole step, so the budget changes memory, never the
+gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gad_fast.game.optim import PlayerOptimizer
+from gad_fast.losses.bradley_terry import bradley_terry_loss
+from gad_fast.losses.imitation import imitation_loss
+from gad_fast.losses.policy import policy_loss
+from gad_fast.models.batch import PaddedBatch
+from gad_fast.models.discriminator import Discriminator
+from gad_fast.models.micro_batches import micro_batches, plan_groups
+from gad_fast.models.student import Student
+from gad_fast.records import EncodedExample, Group, Response
+from gad_fast.rollout.engine import GenRequest, RolloutEngine, Sampling
+
+Metrics = dict[str, float]
+
+
+class Verdict(NamedTuple):
+    """What the discriminator thought of a step before it learned from it."""
+
+    scores: Tensor
+    """Float [B, G] on the CPU: the rollouts' scores, which are the student's rewards."""
+    metrics: Metrics
+
+
+def sample_groups(
+    engine: RolloutEngine,
+    prompts: Sequence[EncodedExample],
+    *,
+    group_size: int,
+    sampling: Sampling,
+    seed: int,
+) -> list[Group]:
+    """Samples `group_size` rollouts of each prompt; groups come in the order of the prompts."""
+    requests = [
+        GenRequest(group_id, prompt.prompt_ids, group_size, sampling, seed)
+        for group_id, prompt in enumerate(prompts)
+    ]
+    rollouts: list[list[Response]] = [[] for _ in prompts]
+    for output in engine.generate(requests):
+        rollouts[output.group_id].append(output.response)
+    return [Group(prompt, group) for prompt, group in zip(prompts, rollouts, strict=True)]
+
+
+def train_discriminator(
+    discriminator: Discriminator,
+    optimizer: PlayerOptimizer,
+    groups: Sequence[Group],
+    *,
+    token_budget: int,
+) -> Verdict:
+    """One Bradley-Terry update; the scores are those of the discriminator before it.
+
+    The forward pass that trains is the one that rewards: it is not run twice.
+    """
+    group_size = len(groups[0].rollouts)
+    teacher_scores = torch.empty(len(groups))
+    student_scores = torch.empty(len(groups), group_size)
+    total_loss = 0.0
+    for indices in plan_groups(groups, token_budget=token_budget):
+        scores = discriminator.score_groups([groups[i] for i in indices])
+        pair_losses = bradley_terry_loss(scores.teacher, scores.student)
+        loss = pair_losses.sum() / student_scores.numel()
+        loss.backward()
+        total_loss += loss.item()
+        teacher_scores[indices] = scores.teacher.detach().float().cpu()
+        student_scores[indices] = scores.student.detach().float().cpu()
+    grad_norm = optimizer.update(total_loss)
+    metrics = {
+        "discriminator_loss": total_loss,
+        "discriminator_grad_norm": grad_norm,
+        "discriminator_learning_rate": optimizer.learning_rate,
+        **score_metrics(teacher_scores, student_scores),
+    }
+    return Verdict(student_scores, metrics)
+
+
+def imitate(
+    student: Student,
+    optimizer: PlayerOptimizer,
+    prompts: Sequence[EncodedExample],
+    *,
+    token_budget: int,
+) -> Metrics:
+    """One update on the cross-entropy of the teacher's responses."""
+    rows = [(prompt.prompt_ids, prompt.teacher) for prompt in prompts]
+    num_tokens = sum(len(response) for _, response in rows)
+    total_loss = 0.0
+    for _, batch in micro_batches(rows, token_budget=token_budget, device=student.device):
+        logprobs = student.response_logprobs(batch, temperature=1.0)
+        loss = imitation_loss(logprobs, num_tokens=num_tokens)
+        loss.backward()
+        total_loss += loss.item()
+    grad_norm = optimizer.update(total_loss)
+    return {
+        "imitation_loss": total_loss,
+        "student_grad_norm": grad_norm,
+        "student_learning_rate": optimizer.learning_rate,
+    }
+
+
+def train_student(
+    student: Student,
+    reference: Student | None,
+    optimizer: PlayerOptimizer,
+    groups: Sequence[Group],
+    advantages: Tensor,
+    *,
+    kl_coef: float,
+    temperature: float,
+    token_budget: int,
+) -> Metrics:
+    """One policy-gradient update on the rollouts, with KL to the reference if there is one.
+
+    Args:
+        student: the player to update.
+        reference: the frozen student after warm-up, or None.
+        optimizer: the student's.
+        groups: B groups.
+        advantages: Float [B, G].
+        kl_coef: weight of the KL estimate.
+        temperature: that of the rollouts.
+        token_budget: padded tokens a micro-batch may hold.
+    """
+    rows = [(group.prompt.prompt_ids, rollout) for group in groups for rollout in group.rollouts]
+    num_tokens = sum(len(response) for _, response in rows)
+    flat_advantages = advantages.flatten().to(student.device)
+    total_loss = total_kl = total_logprob = 0.0
+    for indices, batch in micro_batches(rows, token_budget=token_budget, device=student.device):
+        logprobs = student.response_logprobs(batch, temperature=temperature)
+        loss, kl = policy_loss(
+            logprobs,
+            flat_advantages[indices].repeat_interleave(batch.lengths),
+            reference_logprobs=_reference_logprobs(reference, batch, temperature),
+            kl_coef=kl_coef,
+            num_tokens=num_tokens,
+        )
+        loss.backward()
+        total_loss += loss.item()
+        total_kl += kl.item()
+        total_logprob += logprobs.detach().sum().item()
+    grad_norm = optimizer.update(total_loss)
+    return {
+        "policy_loss": total_loss,
+        "kl": total_kl,
+        # The rollouts were drawn from this distribution: -log p is an unbiased estimate.
+        "entropy": -total_logprob / num_tokens,
+        "student_grad_norm": grad_norm,
+        "student_learning_rate": optimizer.learning_rate,
+    }
+
+
+def score_metrics(teacher_scores: Tensor, student_scores: Tensor) -> Metrics:
+    """Accuracy and spread of scores Float [B] and [B, G]."""
+    spread = student_scores.std(dim=1) if student_scores.shape[1] > 1 else torch.zeros(1)
+    return {
+        "d_acc": (teacher_scores[:, None] > student_scores).float().mean().item(),
+        "teacher_score": teacher_scores.mean().item(),
+        "student_score": student_scores.mean().item(),
+        "score_gap": (teacher_scores[:, None] - student_scores).mean().item(),
+        "reward_std": spread.mean().item(),
+        "zero_variance_groups": (spread == 0).float().mean().item(),
+    }
+
+
+def length_metrics(groups: Sequence[Group]) -> Metrics:
+    """Lengths in tokens and truncation rates of both sides."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    teachers = [group.prompt.teacher for group in groups]
+    return {
+        "rollout_length": sum(map(len, rollouts)) / len(rollouts),
+        "teacher_length": sum(map(len, teachers)) / len(teachers),
+        "rollout_truncation": sum(not r.is_finished for r in rollouts) / len(rollouts),
+        "teacher_truncation": sum(not t.is_finished for t in teachers) / len(teachers),
+    }
+
+
+def _reference_logprobs(
+    reference: Student | None, batch: PaddedBatch, temperature: float
+) -> Tensor | None:
+    if reference is None:
+        return None
+    with torch.no_grad():
+        return reference.response_logprobs(batch, temperature=temperature)

@@ -1,0 +1,1 @@
+"""The two players: a language model that writes, and a scorer that reads."""

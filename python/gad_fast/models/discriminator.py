@@ -1,0 +1,157 @@
+"""The discriminator: one scalar for a response to a prompt, read at the response's last token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from gad_fast.config import Recipe
+from gad_fast.errors import ConfigError, ModelError
+from gad_fast.models.batch import PaddedBatch, pad
+from gad_fast.models.loading import Precision, load_config, load_scorer, require_context
+from gad_fast.records import Group, Ids, Response
+from gad_fast.text import TextCodec
+
+
+def load_discriminator(
+    recipe: Recipe, student_codec: TextCodec, precision: Precision
+) -> Discriminator:
+    """The discriminator that a recipe names, with a tokenizer of its own if it has another one.
+
+    Raises:
+        ModelError: it cannot be loaded, or has no linear head of one output.
+        ConfigError: it cannot read as many tokens as a sequence may have, or as many different.
+    """
+    settings = recipe.discriminator
+    is_own = settings.model != "student"
+    source = settings.model if is_own else recipe.student.model
+    require_context(load_config(source), recipe.data, source)
+    own_codec = TextCodec.from_pretrained(source) if is_own and _has_tokenizer(source) else None
+    model: Any = load_scorer(source, dtype=settings.dtype, device=precision.device)
+    num_readable = model.get_input_embeddings().weight.shape[0]
+    if own_codec is None and num_readable < student_codec.num_tokens:
+        raise ConfigError(
+            f"discriminator.model {source} has no tokenizer and {num_readable} embeddings, but the "
+            f"student has {student_codec.num_tokens} tokens (add the discriminator's tokenizer)"
+        )
+    return Discriminator(model, precision, Reader(student_codec, own_codec))
+
+
+class GroupScores(NamedTuple):
+    """Scores of the groups of a micro-batch, float32 at least, attached to the graph."""
+
+    teacher: Tensor
+    """Float [B]."""
+    student: Tensor
+    """Float [B, G]."""
+
+
+class Reader:
+    """Gives the discriminator its tokens: the student's own, or its own tokenizer's.
+
+    With a tokenizer of its own the discriminator reads the decoded texts, closed by its own end
+    token where the response was finished; what was cut stays open.
+    """
+
+    def __init__(self, student_codec: TextCodec, own_codec: TextCodec | None) -> None:
+        self._student_codec = student_codec
+        is_same = own_codec is None or own_codec.has_same_tokens(student_codec)
+        self._own_codec = None if is_same else own_codec
+        self.codec = own_codec if own_codec is not None and not is_same else student_codec
+
+    def read(self, group: Group) -> tuple[Ids, list[Response]]:
+        """The prompt, and the rollouts followed by the teacher's response."""
+        responses = [*group.rollouts, group.prompt.teacher]
+        if self._own_codec is None:
+            return group.prompt.prompt_ids, responses
+        chats = [group.prompt.example.messages]
+        prompt_ids = self._own_codec.encode_chats(chats, add_generation_prompt=True)[0]
+        return prompt_ids, self._transcribe(responses, self._own_codec)
+
+    def _transcribe(self, responses: list[Response], codec: TextCodec) -> list[Response]:
+        texts = codec.encode_batch(self._student_codec.decode_responses(responses))
+        end = np.array([codec.end_id], dtype=np.int32)
+        return [
+            Response(np.append(ids, end) if response.is_finished else ids, response.is_finished)
+            for response, ids in zip(responses, texts, strict=True)
+        ]
+
+
+class Discriminator(nn.Module):
+    """A backbone with a scalar head.
+
+    The head is applied here, in float32, at the last token only: bfloat16 scores tie within a
+    group, and the pooling of transformers' classifiers goes by the pad token, which for many
+    models is the end token itself.
+    """
+
+    def __init__(self, model: PreTrainedModel, precision: Precision, reader: Reader) -> None:
+        super().__init__()
+        self.model = model
+        self.precision = precision
+        self.reader = reader
+        self.head = _head(model)
+        if self.head.weight.dtype == torch.bfloat16:
+            self.head.float()
+
+    def score(self, batch: PaddedBatch) -> Tensor:
+        """Scores of N sequences at the last token of each response, Float [N]."""
+        with self.precision.autocast():
+            hidden: Tensor = self.model.base_model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
+                use_cache=False,
+            ).last_hidden_state
+        rows = torch.arange(len(hidden), device=hidden.device)
+        last = hidden[rows, batch.last_columns].to(self.head.weight.dtype)  # [N, D]
+        return linear(last, self.head.weight, self.head.bias).squeeze(-1)
+
+    def score_groups(self, groups: Sequence[Group]) -> GroupScores:
+        """Scores of whole groups of equal size in one pass; the teacher is read once a group."""
+        prompts: list[Ids] = []
+        responses: list[Response] = []
+        for group in groups:
+            prompt_ids, group_responses = self.reader.read(group)
+            prompts += [prompt_ids] * len(group_responses)
+            responses += group_responses
+        batch = pad(prompts, responses, pad_id=self.reader.codec.end_id, device=self.device)
+        scores = self.score(batch).unflatten(0, (len(groups), -1))
+        return GroupScores(teacher=scores[:, -1], student=scores[:, :-1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.precision.device
+
+    def save(self, folder: Path) -> None:
+        """Writes a folder that `AutoModelForSequenceClassification` loads, with its tokenizer.
+
+        transformers pools before the padding, so the saved pad token must not be the end token.
+        """
+        codec = self.reader.codec
+        cast(Any, self.model.config).pad_token_id = codec.pad_id
+        self.model.save_pretrained(folder)
+        codec.tokenizer.save_pretrained(folder)
+
+
+def _has_tokenizer(source: str) -> bool:
+    folder = Path(source)
+    return not folder.is_dir() or any(folder.glob("tokenizer*"))
+
+
+def _head(model: PreTrainedModel) -> nn.Linear:
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise ModelError(
+            f"{type(model).__name__} has no linear head `score` with one output "
+            f"(choose a decoder-only backbone for discriminator.model)"
+        )
+    return head

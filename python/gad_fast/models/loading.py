@@ -1,0 +1,127 @@
+"""Models from folders or the Hub onto a device; never with code that comes with a model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from gad_fast.config import DataSettings, HardwareSettings
+from gad_fast.errors import ConfigError, ModelError
+
+
+class Precision:
+    """The device, and the precision of the matrix products on it."""
+
+    def __init__(self, settings: HardwareSettings) -> None:
+        self.device = _device(settings.device)
+        self.compute_dtype = _compute_dtype(settings.compute_dtype, self.device)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Context of a forward pass: matrix products in `compute_dtype`."""
+        if self.compute_dtype is not torch.bfloat16:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def __str__(self) -> str:
+        dtype = "weights' dtype" if self.compute_dtype is None else str(self.compute_dtype)
+        return f"{self.device.type}, {dtype.removeprefix('torch.')}"
+
+
+def load_config(source: str) -> PreTrainedConfig:
+    """The configuration of a model folder or Hub id.
+
+    Raises:
+        ModelError: it cannot be found or read.
+    """
+    return _attempt(source, lambda: AutoConfig.from_pretrained(source))
+
+
+def load_causal_lm(source: str, *, dtype: str, device: torch.device) -> PreTrainedModel:
+    """A language model.
+
+    Raises:
+        ModelError: it cannot be found, read, or is no language model.
+    """
+    model = _attempt(
+        source,
+        lambda: AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype)),
+    )
+    return _ready(model, device)
+
+
+def load_scorer(source: str, *, dtype: str, device: torch.device) -> PreTrainedModel:
+    """A model with a head of one label; the head is fresh unless the folder holds one.
+
+    Raises:
+        ModelError: it cannot be found, read, or its architecture has no sequence classifier.
+    """
+    model = _attempt(
+        source,
+        lambda: AutoModelForSequenceClassification.from_pretrained(
+            source, num_labels=1, dtype=getattr(torch, dtype)
+        ),
+    )
+    return _ready(model, device)
+
+
+def causal_lm_from_config(config: PreTrainedConfig) -> PreTrainedModel:
+    """A language model without weights, to count what it would hold."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def require_context(config: PreTrainedConfig, data: DataSettings, source: str) -> None:
+    """Raises ConfigError when prompt and response together may be longer than a model can read."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    wanted = data.max_prompt_tokens + data.max_response_tokens
+    if limit is not None and wanted > limit:
+        raise ConfigError(
+            f"data.max_prompt_tokens + data.max_response_tokens is {wanted}, but {source} reads at "
+            f"most {limit} tokens (lower one of them)"
+        )
+
+
+def _attempt(source: str, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"cannot load a model from {source}: {reason}") from error
+
+
+def _ready(model: Any, device: torch.device) -> PreTrainedModel:
+    # Dropout stays off: the discriminator's training pass is also what gives the rewards, and the
+    # student's must see the policy that sampled.
+    return model.to(device).eval()
+
+
+def _device(wanted: str) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if wanted == "cuda" and not has_cuda:
+        raise ConfigError("hardware.device is 'cuda', but no GPU is visible (set 'auto' or 'cpu')")
+    return torch.device("cuda" if has_cuda and wanted != "cpu" else "cpu")
+
+
+def _has_fast_bfloat16_cpu() -> bool:
+    # Without AMX tiles bfloat16 products are slower than float32 on most CPUs. torch has no public
+    # name for the question.
+    return torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
+
+
+def _compute_dtype(wanted: str, device: torch.device) -> torch.dtype | None:
+    if wanted == "weights":
+        return None
+    if wanted == "auto":
+        is_fast = device.type == "cuda" or _has_fast_bfloat16_cpu()
+        return torch.bfloat16 if is_fast else torch.float32
+    return getattr(torch, wanted)
