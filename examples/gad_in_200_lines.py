@@ -11,25 +11,19 @@ known, so the reverse KL is exact. Takes about half a minute on one CPU thread.
 
 import copy
 import math
+from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.functional import softplus
-from transformers import (
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    MistralConfig,
-    MistralForCausalLM,
-)
-
-# --- the teacher: a language with known probabilities ---------------------------------------------
 
 BEGIN, END, PAD = 0, 1, 2
 WEIGHTS = torch.tensor([0.40, 0.35, 0.25])  # of the three openings
 FILLER_WEIGHTS = torch.tensor([12.0, 6.0, 4.0, 3.0]) / 25  # Zipf
 NUM_FILLERS, NUM_WORDS = 2, len(FILLER_WEIGHTS)
-OPENINGS = 3  # first token of each kind of word; every place has words of its own
-FILLERS = OPENINGS + len(WEIGHTS)
+# First token of each kind of word; every place in a sentence has words of its own.
+OPENINGS, FILLERS = 3, 3 + len(WEIGHTS)
 CLOSINGS = FILLERS + NUM_FILLERS * NUM_WORDS
 VOCABULARY = CLOSINGS + len(WEIGHTS)
 LENGTH = 1 + NUM_FILLERS + 1  # words of a sentence, END not counted
@@ -40,15 +34,14 @@ LOG_FLOOR = math.log(1e-8)  # for sentences of a wrong length
 def teacher_sentences(count: int, generator: torch.Generator) -> Tensor:
     """Samples sentences, int64 [count, LENGTH + 1], each closed by END."""
     pair = torch.multinomial(WEIGHTS, count, replacement=True, generator=generator)
-    words = [OPENINGS + pair]
-    for place in range(NUM_FILLERS):
-        word = torch.multinomial(FILLER_WEIGHTS, count, replacement=True, generator=generator)
-        words.append(FILLERS + place * NUM_WORDS + word)
-    sentence = torch.stack([*words, CLOSINGS + pair], dim=1)
+    shape = (NUM_FILLERS, count)
+    words = torch.multinomial(FILLER_WEIGHTS, math.prod(shape), True, generator=generator)
+    fillers = [FILLERS + i * NUM_WORDS + word for i, word in enumerate(words.view(shape))]
+    sentence = torch.stack([OPENINGS + pair, *fillers, CLOSINGS + pair], dim=1)
     any_word = torch.randint(OPENINGS, VOCABULARY, sentence.shape, generator=generator)
     is_noise = torch.rand(sentence.shape, generator=generator) < NOISE
-    ends = torch.full((count, 1), END)
-    return torch.cat([torch.where(is_noise, any_word, sentence), ends], dim=1)
+    sentence = torch.where(is_noise, any_word, sentence)
+    return torch.cat([sentence, torch.full((count, 1), END)], dim=1)
 
 
 def teacher_logprob(sentences: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,26 +65,22 @@ def teacher_logprob(sentences: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(is_whole, logprob, torch.tensor(LOG_FLOOR)), is_valid
 
 
-# --- the players ----------------------------------------------------------------------------------
-
-SIZES = dict(
-    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, max_position_embeddings=32
-)
-SIZES |= dict(num_attention_heads=2, num_key_value_heads=2)
+SIZES: dict[str, Any] = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64)
+SIZES |= dict(num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=32)
 # PAD is not BEGIN: the embedding of the pad token is never trained.
 SIZES |= dict(bos_token_id=BEGIN, eos_token_id=END, pad_token_id=PAD)
 
 
-def make_student() -> MistralForCausalLM:
+def make_student() -> transformers.PreTrainedModel:
     """A language model that attends to the current word only."""
-    config = MistralConfig(**SIZES, num_hidden_layers=1, sliding_window=1)
-    return MistralForCausalLM(config).eval()
+    config = transformers.MistralConfig(**SIZES, num_hidden_layers=1, sliding_window=1)
+    return transformers.MistralForCausalLM(config).eval()
 
 
-def make_discriminator() -> LlamaForSequenceClassification:
+def make_discriminator() -> transformers.PreTrainedModel:
     """A model that reads the whole sentence and scores it at its last token."""
-    config = LlamaConfig(**SIZES, num_hidden_layers=2, num_labels=1)
-    return LlamaForSequenceClassification(config).eval()
+    config = transformers.LlamaConfig(**SIZES | {"num_labels": 1}, num_hidden_layers=2)
+    return transformers.LlamaForSequenceClassification(config).eval()
 
 
 @torch.no_grad()
@@ -118,15 +107,12 @@ def token_logprobs(student: nn.Module, responses: Tensor, temperature: float = 1
     return logprobs.gather(2, responses[..., None])[..., 0]
 
 
-def scores(discriminator: nn.Module, responses: Tensor) -> Tensor:
+def scores(discriminator: Any, responses: Tensor) -> Tensor:
     """Score of each response at its last real token, [N]."""
     inputs = torch.cat([torch.full((len(responses), 1), BEGIN), responses], dim=1)
     hidden = discriminator.model(input_ids=inputs).last_hidden_state
     last = real_tokens(responses).sum(dim=1)  # BEGIN shifts by one
     return discriminator.score(hidden[torch.arange(len(responses)), last])[:, 0]
-
-
-# --- the game -------------------------------------------------------------------------------------
 
 
 def update(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -154,9 +140,7 @@ def train_student(student, reference, optimizer, rollouts, rewards, kl_coef) -> 
     advantages = (rewards - rewards.mean(dim=1, keepdim=True)).flatten()[:, None]
     responses = rollouts.flatten(0, 1)
     logprobs = token_logprobs(student, responses)
-    with torch.no_grad():
-        reference_logprobs = token_logprobs(reference, responses)
-    difference = reference_logprobs - logprobs
+    difference = token_logprobs(reference, responses).detach() - logprobs
     kl = difference.exp() - difference - 1
     ratio = (logprobs - logprobs.detach()).exp()  # 1, with the gradient of the log-probability
     mask = real_tokens(responses)
@@ -173,24 +157,13 @@ def imitate(student, optimizer, teacher) -> float:
     return loss.item()
 
 
-# --- the run --------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
-def evaluate(
-    student: nn.Module, temperature: float = 1.0, count: int = 4000
-) -> tuple[float, float]:
-    """Share of grammatical sentences, and KL(student || teacher) in nats."""
-    rollouts = sample(student, count, temperature)
+def evaluate(student: nn.Module, temperature: float = 1.0) -> tuple[float, float]:
+    """Share of grammatical sentences, and KL(student || teacher) in nats, of 4000 rollouts."""
+    rollouts = sample(student, 4000, temperature)
     logprob, is_valid = teacher_logprob(rollouts)
     own = (token_logprobs(student, rollouts, temperature) * real_tokens(rollouts)).sum(dim=1)
     return is_valid.float().mean().item(), (own - logprob).mean().item()
-
-
-def report(label: str, student: nn.Module, temperature: float = 1.0) -> None:
-    """Prints how good the student is."""
-    validity, reverse_kl = evaluate(student, temperature)
-    print(f"{label}: valid {validity:.2f}, reverse KL {reverse_kl:.2f}")
 
 
 def main(seed: int = 0) -> None:
@@ -204,7 +177,8 @@ def main(seed: int = 0) -> None:
         adam.param_groups[0]["lr"] = 3e-3 * (1 - 0.9 * step / 1000)
         imitate(student, adam, teacher_sentences(64, generator))
     for temperature in (1.0, 0.8, 0.6, 0.4):
-        report(f"SeqKD at T {temperature}", student, temperature)
+        validity, reverse_kl = evaluate(student, temperature)
+        print(f"SeqKD at T {temperature}: valid {validity:.2f}, reverse KL {reverse_kl:.2f}")
 
     reference = copy.deepcopy(student)
     adam = torch.optim.AdamW(student.parameters(), lr=3e-4)
@@ -218,7 +192,8 @@ def main(seed: int = 0) -> None:
             adam.param_groups[0]["lr"] = 3e-4 * (1 - 0.95 * (step - num_warmup) / num_game)
             train_student(student, reference, adam, rollouts, rewards, kl_coef=0.001)
         if step % 50 == 49:
-            report(f"step {step + 1}, d_loss {loss:.3f}", student)
+            validity, reverse_kl = evaluate(student)
+            print(f"step {step + 1}: d_loss {loss:.3f}, valid {validity:.2f}, KL {reverse_kl:.2f}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ class ChunkedTokenLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, temperature: float, has_entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities `[T]`, and the entropy `[T]` if it is asked for."""
         dtype = compute_dtype(logits)
         logprobs = torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
         maximum, log_total = torch.empty_like(logprobs), torch.empty_like(logprobs)
@@ -51,6 +52,7 @@ class ChunkedTokenLogprobs(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (the decorator hides ctx)
         ctx: Any, *grad_outputs: Tensor | None
     ) -> tuple[Tensor | None, None, None, None]:
+        """Gradient of the logits, in their dtype."""
         grad_logprobs, grad_entropy = grad_outputs
         if grad_logprobs is None and grad_entropy is None:
             return None, None, None, None

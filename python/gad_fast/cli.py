@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import sys
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -30,9 +33,9 @@ class Train:
     """Distils a student as a recipe says; any key of the recipe can be given another value."""
 
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE.toml")]
-    """The recipe file."""
+    """The recipe file; it comes first."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
-    dry_run: bool = False
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the resolved recipe and the sizes that follow from it; train nothing."""
 
 
@@ -54,26 +57,52 @@ def _dispatch(words: list[str]) -> int:
         case [] | ["-h" | "--help"]:
             print(HELP, end="")  # noqa: T201
         case ["train", *rest]:
-            _train(_parse_train(rest))
+            _train(rest)
         case _:
             unknown = words[0]
             raise ConfigError(f"unknown command {unknown!r}, allowed: train (see gad-fast --help)")
     return 0
 
 
-def _parse_train(words: list[str]) -> Train:
-    """The recipe file gives the defaults that the flags then override."""
-    if words and not words[0].startswith("-"):
-        default = Train(Path(words[0]), Recipe.from_toml(words[0]))
-        return tyro.cli(Train, prog="gad-fast train", args=words, default=default)
-    return tyro.cli(Train, prog="gad-fast train", args=words)
-
-
-def _train(command: Train) -> None:
-    # Imported here: torch takes seconds, and the help needs none of it.
+def _train(words: list[str]) -> None:
+    if {"-h", "--help"} & set(words):
+        tyro.cli(Train, prog="gad-fast train", args=["--help"])
+    if not words or words[0].startswith("-"):
+        raise ConfigError("train needs a recipe: gad-fast train RECIPE.toml [--a.b value ...]")
+    path, *flags = words
+    recipe = Recipe.from_toml(path, overrides=_overrides([f for f in flags if f != "--dry-run"]))
+    # Imported here: torch takes seconds, and neither help nor a mistaken recipe needs it.
     from gad_fast.training import dry_run, train
 
-    if command.dry_run:
-        dry_run(command.recipe)
+    if "--dry-run" in flags:
+        dry_run(recipe)
     else:
-        train(command.recipe)
+        train(recipe)
+
+
+def _overrides(flags: list[str]) -> dict[str, Any]:
+    """Nested values of `--a.b value` and `--a.b=value` flags.
+
+    They are validated with the recipe's own, so that a mistake reads the same in both places.
+    """
+    nested: dict[str, Any] = {}
+    words = [part for flag in flags for part in _split(flag)]
+    for flag, value in itertools.zip_longest(words[::2], words[1::2]):
+        if not flag.startswith("--") or value is None:
+            raise ConfigError(f"flags come as --key value or --key=value, got {' '.join(flags)!r}")
+        *sections, key = flag.removeprefix("--").replace("-", "_").split(".")
+        section = functools.reduce(lambda at, name: at.setdefault(name, {}), sections, nested)
+        section[key] = _value(value)
+    return nested
+
+
+def _split(flag: str) -> list[str]:
+    return flag.split("=", maxsplit=1) if flag.startswith("--") else [flag]
+
+
+def _value(text: str) -> Any:
+    """A value as a recipe file would have it; what is no TOML value is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

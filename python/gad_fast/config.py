@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -217,8 +217,12 @@ class Recipe(Settings):
         return self
 
     @classmethod
-    def from_toml(cls, path: str | Path) -> Recipe:
+    def from_toml(cls, path: str | Path, *, overrides: dict[str, Any] | None = None) -> Recipe:
         """Reads a recipe file; paths in it are relative to the working directory.
+
+        Args:
+            path: the file.
+            overrides: nested values that replace the file's.
 
         Raises:
             ConfigError: the file is missing, is not TOML, or does not describe a valid recipe.
@@ -229,7 +233,7 @@ class Recipe(Settings):
             raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not valid TOML: {error}") from error
-        return cls.from_values(values, source=str(path))
+        return cls.from_values(_merged(values, overrides or {}), source=str(path))
 
     @classmethod
     def from_values(cls, values: dict[str, Any], *, source: str = "recipe") -> Recipe:
@@ -241,10 +245,21 @@ class Recipe(Settings):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ConfigError(f"{source}: {describe(error, cls)}") from error
+            raise ConfigError(f"{source}: {_describe(error, cls)}") from error
 
 
-def describe(error: ValidationError, root: type[BaseModel]) -> str:
+def _merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Values with overrides laid over them, section by section."""
+    result = dict(values)
+    for key, value in overrides.items():
+        if isinstance(value, dict) and isinstance(result.get(key), dict):
+            result[key] = _merged(result[key], cast("dict[str, Any]", value))
+        else:
+            result[key] = value
+    return result
+
+
+def _describe(error: ValidationError, root: type[BaseModel]) -> str:
     """One line for all that a validation found: key, what came, what is allowed."""
     return "; ".join(_describe_one(dict(problem), root) for problem in error.errors())
 

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import tiny
 from gad_fast import TextCodec
 from gad_fast.config import HardwareSettings, LearningRateSettings, OptimizerSettings, Recipe
 from gad_fast.data import encode_examples
@@ -91,7 +92,7 @@ def test_e_a_truncated_response_is_scored_at_its_last_token(table: Table) -> Non
 
 
 def by_hand(table: Table, ids: list[int]) -> torch.Tensor:
-    model = table.discriminator.model
+    model: Any = table.discriminator.model
     with torch.no_grad():
         hidden = model.base_model(input_ids=torch.tensor([ids])).last_hidden_state
         return model.score(hidden[0, -1])[0]

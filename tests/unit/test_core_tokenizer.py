@@ -251,7 +251,7 @@ def test_ids_beyond_the_vocabulary_are_passed_over(full_path: Path, padding_id: 
     tokenizer = _core.Tokenizer.from_file(str(full_path))
     ids, offsets = tokenizer.encode_batch(["the cat"])
     padded = np.append(ids, np.int32(padding_id)).astype(np.int32)
-    texts = tokenizer.decode_batch(padded, offsets + [0, 1], skip_special_tokens=False)
+    texts = tokenizer.decode_batch(padded, offsets + np.array([0, 1]), skip_special_tokens=False)
     assert texts == tokenizer.decode_batch(ids, offsets, skip_special_tokens=False)
 
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 from datasets import Dataset
 
+import tiny
 from gad_fast.config import DataSettings
 from gad_fast.data import (
     BatchStream,
@@ -132,7 +132,7 @@ def test_nothing_left_after_filtering_is_an_error(tmp_path: Path, codec: TextCod
     with pytest.raises(DataError, match=r"nothing is left to train on: all \d+ prompts are over"):
         load_prompt_set(settings(path, max_prompt_tokens=3), codec)
     one = tiny.write_rows(tmp_path / "one.jsonl", tiny.rows(1))
-    with pytest.raises(DataError, match="nothing to .* on: .*one.jsonl leaves no rows"):
+    with pytest.raises(DataError, match=r"nothing to .* on: .*one\.jsonl leaves no rows"):
         load_prompt_set(settings(one), codec)
 
 

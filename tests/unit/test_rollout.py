@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from torch.testing import assert_close
 from transformers import GenerationConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+import tiny
 from gad_fast.config import HardwareSettings
 from gad_fast.models.batch import pad
 from gad_fast.models.loading import Precision
@@ -64,7 +64,7 @@ def test_greedy_rollouts_equal_a_loop_without_cache_or_padding(max_sequences: in
 def test_a_window_of_one_token_is_generated_right() -> None:
     """transformers' sliding cache is wrong there."""
     torch.manual_seed(3)
-    config = MistralConfig(**tiny.llama_config().to_dict() | {"sliding_window": 1})
+    config = MistralConfig.from_dict({**tiny.llama_config().to_dict(), "sliding_window": 1})
     model = MistralForCausalLM(config).eval()
     outputs = generate(model, requests(1, 0.0))
     by_group = {output.group_id: output.response.ids.tolist() for output in outputs}

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 
+import tiny
 from gad_fast import TextCodec
 from gad_fast.errors import DataError, ModelError
 from gad_fast.records import Message

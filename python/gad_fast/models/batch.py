@@ -38,7 +38,7 @@ class PaddedBatch:
 
     @property
     def response_mask(self) -> Tensor:
-        """bool [N, R], true at response tokens, the end token included."""
+        """Boolean [N, R], true at response tokens, the end token included."""
         return self.attention_mask[:, self.prompt_width :].bool()
 
     @property
