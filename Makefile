@@ -26,8 +26,8 @@ test-python: $(VENV)/built
 lint: $(VENV)/built ## formatting, lint, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/basedpyright
-	$(BIN)/basedpyright -p tests/pyrightconfig.json
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	$(BIN)/basedpyright --pythonpath $(BIN)/python -p tests/pyrightconfig.json
 	$(BIN)/lint-imports --no-cache
 	cargo fmt --check
 	cargo clippy --quiet --workspace --all-targets -- -D warnings
