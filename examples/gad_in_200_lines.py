@@ -79,8 +79,7 @@ def make_student() -> transformers.PreTrainedModel:
 
 def make_discriminator() -> transformers.PreTrainedModel:
     """A model that reads the whole sentence and scores it at its last token."""
-    config = transformers.LlamaConfig(**SIZES, num_hidden_layers=2)
-    config.num_labels = 1
+    config = transformers.LlamaConfig(**SIZES, num_hidden_layers=2, id2label={0: "score"})
     return transformers.LlamaForSequenceClassification(config).eval()
 
 

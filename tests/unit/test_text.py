@@ -10,7 +10,7 @@ from gad_fast import TextCodec
 from gad_fast.errors import DataError, ModelError
 from gad_fast.records import Message
 
-CHAT = [
+CHAT: list[Any] = [
     Message(role="user", content="red sun"),
     Message(role="assistant", content="blue"),
     Message(role="user", content="sea"),
