@@ -67,20 +67,29 @@ def _repair_dot() -> None:
 
 
 def _repair_arithmetic() -> None:
-    apply = InterpreterBuilder.binary_op
+    apply_two, apply_one = InterpreterBuilder.binary_op, InterpreterBuilder.unary_op
 
     def binary_op(self, lhs, rhs, op):
-        # Our kernels compute in float32. One that forgets to widen must not pass on raw bits.
-        if lhs.dtype.scalar == tl.bfloat16:
-            msg = f"bfloat16 operand in {op.__name__} (widen it with .to(tl.float32))"
-            raise TypeError(msg)
+        _require_wide(lhs, op)
         with np.errstate(all="ignore"):
-            result = apply(self, lhs, rhs, op)
+            result = apply_two(self, lhs, rhs, op)
         if result.data.dtype == np.bool_:
             result.dtype = tl.int1
         return result
 
-    InterpreterBuilder.binary_op = binary_op
+    def unary_op(self, arg, op):
+        _require_wide(arg, op)
+        with np.errstate(all="ignore"):
+            return apply_one(self, arg, op)
+
+    InterpreterBuilder.binary_op, InterpreterBuilder.unary_op = binary_op, unary_op
+
+
+def _require_wide(operand: TensorHandle, op) -> None:
+    # Our kernels compute in float32. One that forgets to widen must not pass on raw bits.
+    if operand.dtype.scalar == tl.bfloat16:
+        msg = f"bfloat16 operand in {op.__name__} (widen it with .to(tl.float32))"
+        raise TypeError(msg)
 
 
 def _repair_index() -> None:
