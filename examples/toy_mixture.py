@@ -20,8 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gad_fast.losses.advantages import group_advantages
-from gad_fast.losses.bradley_terry import bradley_terry_loss
+from gad_fast import kernels
 
 NUM_CATEGORIES = 10
 CATEGORIES = torch.arange(NUM_CATEGORIES, dtype=torch.float64)
@@ -99,8 +98,8 @@ class Players:
         """Bradley-Terry on rollouts [S, B * G] against teacher samples [S, B]."""
         teacher_scores = self.scores.gather(1, teacher).flatten()
         # Mean over a seed's pairs, sum over seeds: a seed does not feel how many others there are.
-        pairs = bradley_terry_loss(teacher_scores, self.rewards(rollouts))
-        loss = pairs.sum() / rollouts.shape[1]
+        scores, num_pairs = self.rewards(rollouts), rollouts.shape[1]
+        loss, _ = kernels.bradley_terry_loss(teacher_scores, scores, num_pairs=num_pairs)
         update(self.discriminator_adam, loss, self.settings.discriminator_learning_rate)
 
 
@@ -170,7 +169,7 @@ def run_gad(settings: Settings) -> Game:
         rewards = players.rewards(rollouts).detach()  # of the discriminator before its update
         if not settings.is_frozen:
             players.train_discriminator(rollouts, teacher)
-        advantages = group_advantages(rewards).view_as(rollouts)
+        advantages = kernels.group_advantages(rewards, eps=1e-6).view_as(rollouts)
         loss = -(advantages * student.gather(1, rollouts)).mean(dim=1).sum()
         update(adam, loss, settings.student_learning_rate)
     return Game(torch.stack(students), torch.stack(scores))

@@ -16,7 +16,7 @@ from gad_fast import TextCodec
 from gad_fast.config import HardwareSettings, LearningRateSettings, OptimizerSettings
 from gad_fast.game.optim import PlayerOptimizer
 from gad_fast.game.steps import imitate, train_discriminator, train_student
-from gad_fast.losses.advantages import group_advantages
+from gad_fast.kernels import group_advantages
 from gad_fast.models.discriminator import Discriminator, Reader
 from gad_fast.models.loading import Precision
 from gad_fast.models.student import Student

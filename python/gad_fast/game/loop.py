@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gad_fast import kernels
 from gad_fast.config import Recipe, StageSettings
 from gad_fast.game.optim import PlayerOptimizer
 from gad_fast.game.steps import (
@@ -19,7 +20,6 @@ from gad_fast.game.steps import (
     train_discriminator,
     train_student,
 )
-from gad_fast.losses.advantages import group_advantages
 from gad_fast.models.discriminator import Discriminator
 from gad_fast.models.student import Student
 from gad_fast.records import EncodedExample, Group
@@ -27,6 +27,9 @@ from gad_fast.rollout.engine import ModuleWeights, RolloutEngine, Sampling
 from gad_fast.run.recorder import Recorder
 from gad_fast.run.stopwatch import Stopwatch
 from gad_fast.text import TextCodec
+
+STD_EPSILON = 1e-6
+"""Added to a group's standard deviation, as the official code does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +196,10 @@ def play(game: Game, num_steps: int) -> None:
         with game.step() as step:
             step.sample()
             rewards = step.train_discriminator()
-            advantages = group_advantages(
-                rewards, scale=settings.advantage_scale, std_floor=settings.std_floor
+            advantages = kernels.group_advantages(
+                rewards,
+                scale=settings.advantage_scale,
+                std_floor=settings.std_floor,
+                eps=STD_EPSILON,
             )
             step.train_student(reference, advantages)

@@ -12,6 +12,8 @@ from gad_fast.data import PromptSet
 from gad_fast.models.loading import Precision, causal_lm_from_config
 
 GIB = 2**30
+LOGITS_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
+"""What the fused head lets a chunk of logits take (kernels.linear_policy_loss)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +66,9 @@ def _memory(
     width, inner = text.hidden_size, getattr(text, "intermediate_size", 4 * text.hidden_size)
     # Kept for the backward pass: about ten vectors of the width and four of the MLP a layer.
     activations = tokens * text.num_hidden_layers * (10 * width + 4 * inner) * compute_bytes
-    share = _response_share(recipe)
-    # Logits in the compute type, and in float32 with their gradient.
-    logits = tokens * share * text.vocab_size * (compute_bytes + 8)
+    # A chunk of logits with its gradient at a time, and the head's gradient before it is handed on.
+    chunk = tokens * _response_share(recipe) * text.vocab_size * compute_bytes
+    logits = min(chunk, LOGITS_BYTES[precision.device.type]) + text.vocab_size * width * 4
     parts = {
         "student": player,
         "discriminator": player if recipe.method == "gad" else 0,

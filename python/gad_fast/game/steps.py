@@ -13,10 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gad_fast import kernels
 from gad_fast.game.optim import PlayerOptimizer
-from gad_fast.losses.bradley_terry import bradley_terry_loss
-from gad_fast.losses.imitation import imitation_loss
-from gad_fast.losses.policy import policy_loss
 from gad_fast.models.batch import PaddedBatch
 from gad_fast.models.discriminator import Discriminator
 from gad_fast.models.micro_batches import micro_batches, plan_groups
@@ -71,8 +69,9 @@ def train_discriminator(
     total_loss = 0.0
     for indices in plan_groups(groups, token_budget=token_budget):
         scores = discriminator.score_groups([groups[i] for i in indices])
-        pair_losses = bradley_terry_loss(scores.teacher, scores.student)
-        loss = pair_losses.sum() / student_scores.numel()
+        loss, _ = kernels.bradley_terry_loss(
+            scores.teacher, scores.student, num_pairs=student_scores.numel()
+        )
         loss.backward()
         total_loss += loss.item()
         teacher_scores[indices] = scores.teacher.detach().float().cpu()
@@ -99,8 +98,7 @@ def imitate(
     num_tokens = sum(len(response) for _, response in rows)
     total_loss = 0.0
     for _, batch in micro_batches(rows, token_budget=token_budget, device=student.device):
-        logprobs = student.response_logprobs(batch, temperature=1.0)
-        loss = imitation_loss(logprobs, num_tokens=num_tokens)
+        loss = student.imitation_loss(batch, num_tokens=num_tokens)
         loss.backward()
         total_loss += loss.item()
     grad_norm = optimizer.update(total_loss)
@@ -137,26 +135,23 @@ def train_student(
     rows = [(group.prompt.prompt_ids, rollout) for group in groups for rollout in group.rollouts]
     num_tokens = sum(len(response) for _, response in rows)
     flat_advantages = advantages.flatten().to(student.device)
-    total_loss = total_kl = total_logprob = 0.0
+    totals = dict.fromkeys(("policy_loss", "kl", "entropy"), 0.0)
     for indices, batch in micro_batches(rows, token_budget=token_budget, device=student.device):
-        logprobs = student.response_logprobs(batch, temperature=temperature)
-        loss, kl = policy_loss(
-            logprobs,
+        loss, means = student.policy_loss(
+            batch,
             flat_advantages[indices].repeat_interleave(batch.lengths),
-            reference_logprobs=_reference_logprobs(reference, batch, temperature),
-            kl_coef=kl_coef,
+            temperature=temperature,
+            ref_logp=_reference_logprobs(reference, batch, temperature),
+            kl_coef=kl_coef if reference is not None else 0.0,
             num_tokens=num_tokens,
         )
         loss.backward()
-        total_loss += loss.item()
-        total_kl += kl.item()
-        total_logprob += logprobs.detach().sum().item()
-    grad_norm = optimizer.update(total_loss)
+        totals["policy_loss"] += loss.item()
+        for name in ("kl", "entropy"):
+            totals[name] += (means[name] * means["num_tokens"]).item() / num_tokens
+    grad_norm = optimizer.update(totals["policy_loss"])
     return {
-        "policy_loss": total_loss,
-        "kl": total_kl,
-        # The rollouts were drawn from this distribution: -log p is an unbiased estimate.
-        "entropy": -total_logprob / num_tokens,
+        **totals,
         "student_grad_norm": grad_norm,
         "student_learning_rate": optimizer.learning_rate,
     }

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
+from gad_fast import kernels
 from gad_fast.config import Recipe
 from gad_fast.errors import ConfigError, ModelError
 from gad_fast.models.batch import PaddedBatch, pad
@@ -110,9 +110,9 @@ class Discriminator(nn.Module):
                 position_ids=batch.position_ids,
                 use_cache=False,
             ).last_hidden_state
-        rows = torch.arange(len(hidden), device=hidden.device)
-        last = hidden[rows, batch.last_columns].to(self.head.weight.dtype)  # [N, D]
-        return linear(last, self.head.weight, self.head.bias).squeeze(-1)
+        return kernels.last_token_score(
+            hidden, self.head.weight, self.head.bias, lengths=batch.last_columns + 1
+        )
 
     def score_groups(self, groups: Sequence[Group]) -> GroupScores:
         """Scores of whole groups of equal size in one pass; the teacher is read once a group."""
