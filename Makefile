@@ -6,7 +6,7 @@ STUDENT := models/SmolLM2-135M-Instruct
 RUST := $(shell find rust Cargo.toml Cargo.lock -name target -prune -o -type f -print)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-python test-rust lint format wheel clean
+.PHONY: help demo test test-python test-rust lint format wheel mutants gpu-suite gpu-bundle clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,15 @@ format: $(VENV)/built ## rewrite the code in the project's format
 wheel: $(VENV)/built ## wheel and sdist in dist/
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
+
+mutants: $(VENV)/built ## plant bugs in the kernels and see the tests catch them (minutes)
+	$(BIN)/python tests/kernels/mutations.py
+
+gpu-suite: ## kernels on this machine's GPU: right, how fast, one step (9 minutes)
+	$(or $(wildcard $(BIN)/python),python3) benchmarks/run_gpu_suite.py $(ARGS)
+
+gpu-bundle: $(VENV)/built ## wheels for a GPU machine without network, in .gpu-bundle/
+	$(BIN)/python scripts/gpu_bundle.py
 
 clean: ## remove everything that was built
 	rm -rf $(VENV) target dist build .pytest_cache .ruff_cache
