@@ -24,7 +24,6 @@ from gad_fast.kernels.chunked_torch import (
 )
 from gad_fast.kernels.linear_head import LinearHead
 from gad_fast.kernels.linear_tiles import RowStats
-from gad_fast.kernels.matmul import matmul_float32
 
 
 def torch_linear_stats(
@@ -70,6 +69,9 @@ def torch_linear_grad(
         grad_logits,
     )
     return grad_logits
+
+
+_PRODUCT_ROWS = 4096
 
 
 class Needs(NamedTuple):
@@ -147,10 +149,11 @@ def _sum_product(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None
             torch.mm(a, b, out_dtype=torch.float32, out=total)
         else:
             torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    elif is_first:
-        total.copy_(matmul_float32(a, b))
     else:
-        total.add_(matmul_float32(a, b))
+        # In parts, because a whole product beside the total would be half as large again.
+        for rows in even_slices(a.shape[0], _PRODUCT_ROWS):
+            product = torch.mm(a[rows], b)
+            total[rows].copy_(product) if is_first else total[rows].add_(product)
 
 
 def even_slices(size: int, limit: int, multiple: int = 1) -> list[slice]:

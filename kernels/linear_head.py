@@ -90,7 +90,7 @@ def logits_bytes(weight: Tensor, backend: str) -> int:
 def workspace_bytes(megabytes: float | None, device: torch.device) -> int:
     """What a part of the logits may take; raises ValueError unless it is above 0."""
     if megabytes is None:
-        megabytes = 128 if device.type == "cpu" else 1024
+        megabytes = 64 if device.type == "cpu" else 1024
     check_range("max_workspace_mb", megabytes, 0, is_open=True)
     return int(megabytes * 2**20)
 

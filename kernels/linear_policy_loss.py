@@ -57,6 +57,7 @@ from gad_fast.kernels.policy_inputs import (
 )
 from gad_fast.kernels.policy_loss import policy_loss
 from gad_fast.kernels.policy_objective import NUM_TERMS, PolicyObjective
+from gad_fast.kernels.scaled_gradient import scaled_gradient
 
 
 def run_chunks(
@@ -157,15 +158,18 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.needs = Needs(*inputs[19])
+    ctx.needs, ctx.backend = Needs(*inputs[19]), inputs[22]
     ctx.mark_non_differentiable(*output[1:])
+    # Else autograd would make zeros for every output that is no loss, as large as a gradient.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[2:])
 
 
 def _backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
-    # Out of place: backward may run twice, and a comparison with 1 would wait for the device.
     scaled = [
-        grad * grad_outputs[0].to(grad.dtype) if is_needed else None
+        scaled_gradient(torch.atleast_2d(grad), grad_outputs[0], ctx.backend).view_as(grad)
+        if is_needed
+        else None
         for grad, is_needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
     ]
     return *scaled, *(None,) * 20
@@ -211,7 +215,7 @@ def linear_policy_loss(
         logit_scale: above 0.
         temperature: above 0, a number or `[...]`; the logits are divided by it.
         logits_dtype: "bfloat16" rounds the logits as an engine with a bfloat16 head does.
-        max_workspace_mb: what a chunk's logits may take; by default 128 on a CPU, else 1024.
+        max_workspace_mb: what a chunk's logits may take; by default 64 on a CPU, else 1024.
         backend: "auto" is "triton" for bfloat16 on CUDA with D a multiple of 8, else "torch".
         options: those of `policy_loss`.
 

@@ -150,7 +150,7 @@ def linear_token_logprobs(
         softcap: of the logits, before the temperature: cap(u) = softcap tanh(u / softcap).
         logit_scale: of the logits, before the cap.
         accum_dtype: float32 or bfloat16, of the sum over blocks of tokens that is dW.
-        max_workspace_mb: what a part of the logits may take; by default 128 on a CPU, else 1024.
+        max_workspace_mb: what a part of the logits may take; by default 64 on a CPU, else 1024.
         backend: "auto" is "triton" for bfloat16 on CUDA with D a multiple of 8, "torch" otherwise.
 
     Returns:

@@ -38,6 +38,7 @@ from gad_fast.kernels.policy_objective import (
 )
 from gad_fast.kernels.policy_row_kernel import launch_policy_rows
 from gad_fast.kernels.policy_rows import torch_policy_rows
+from gad_fast.kernels.scaled_gradient import scaled_gradient
 from gad_fast.kernels.token_logprobs import (
     LogitOptions,
     row_logits,
@@ -97,28 +98,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, terms, grad_logits = output
     ctx.backend = inputs[-2]
     ctx.mark_non_differentiable(terms, grad_logits)
+    # Else autograd would make zeros for every output that is no loss, as large as a gradient.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(grad_logits)
 
 
 def _backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
     (grad_logits,) = ctx.saved_tensors
-    return _scaled_op(grad_logits, grad_outputs[0], ctx.backend), *(None,) * 18
+    return scaled_gradient(grad_logits, grad_outputs[0], ctx.backend), *(None,) * 18
 
 
 _loss_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-@torch.library.custom_op("gad_fast::scaled_gradient", mutates_args=())
-def _scaled_op(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
-    """A new tensor: the one that is kept serves every backward pass."""
-    scaled = torch.empty_like(gradient)
-    scale_gradient(gradient, factor, scaled, backend)
-    return scaled
-
-
-@_scaled_op.register_fake
-def _(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:  # noqa: ARG001
-    return torch.empty_like(gradient)
 
 
 class _LossOverLogits(torch.autograd.Function):

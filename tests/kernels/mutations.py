@@ -131,7 +131,7 @@ MUTANTS = {
     "gradient-scaled-once": Mutant(
         "the upstream gradient is taken to be 1",
         "linear_policy_loss.py",
-        "grad * grad_outputs[0].to(grad.dtype)",
+        "scaled_gradient(torch.atleast_2d(grad), grad_outputs[0], ctx.backend).view_as(grad)",
         "grad",
         "test_linear_policy_loss.py -k whole_logits",
     ),

@@ -12,7 +12,7 @@ from gad_fast.data import PromptSet
 from gad_fast.models.loading import Precision, causal_lm_from_config
 
 GIB = 2**30
-LOGITS_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
+LOGITS_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 """What the fused head lets a chunk of logits take (kernels.linear_policy_loss)."""
 
 
