@@ -38,5 +38,17 @@ class NonFiniteError(GadFastError, ArithmeticError):
     """A loss or a gradient is not finite; raised before the update, so the weights are intact."""
 
 
+class CacheError(GadFastError, RuntimeError):
+    """A teacher cache cannot be opened, read, written, exported or imported."""
+
+
+class CacheCorruptError(CacheError):
+    """A teacher cache does not hold what was stored in it; names the row."""
+
+
+class CacheLockedError(CacheError):
+    """Another process writes to the teacher cache; names the process."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C was pressed, the step was finished and a checkpoint written."""

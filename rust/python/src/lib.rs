@@ -10,7 +10,13 @@
     reason = "PyO3 hands over the arguments of a function"
 )]
 
+mod arrays;
+mod batch;
+mod buffer;
+mod cache;
 mod errors;
+mod mailbox;
+mod packing;
 mod rollout;
 mod tokenizer;
 
@@ -20,7 +26,23 @@ use pyo3::prelude::*;
 #[pymodule]
 mod _core {
     #[pymodule_export]
+    use crate::cache::{Cache, cache_after_fork, cache_before_fork, cache_key};
+    #[pymodule_export]
     use crate::errors::TokenizerError;
+    #[pymodule_export]
+    use crate::errors::{CacheCorruptError, CacheError, CacheLockedError};
+    #[pymodule_export]
+    use crate::mailbox::Mailbox;
+    #[pymodule_export]
+    const FINISH_LENGTH: u8 = gad_fast_core::rollout::FinishReason::Length.code();
+    #[pymodule_export]
+    const FINISH_STOP: u8 = gad_fast_core::rollout::FinishReason::Stop.code();
+    #[pymodule_export]
+    use crate::batch::RolloutBatch;
+    #[pymodule_export]
+    use crate::buffer::RolloutBuffer;
+    #[pymodule_export]
+    use crate::packing::{balance, group_layout, pack_groups, pack_sequences, same_count};
     #[pymodule_export]
     use crate::rollout::plan_micro_batches;
     #[pymodule_export]

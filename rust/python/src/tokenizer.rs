@@ -15,7 +15,7 @@ type PackedIds<'py> = (Bound<'py, PyArray1<i32>>, Bound<'py, PyArray1<i64>>);
 /// A tokenizer read from a Hugging Face `tokenizer.json`.
 #[pyclass(module = "gad_fast._core", frozen)]
 pub(crate) struct Tokenizer {
-    codec: TextCodec,
+    pub(crate) codec: TextCodec,
 }
 
 #[pymethods]
@@ -74,7 +74,7 @@ impl Tokenizer {
 }
 
 /// The UTF-8 of every text, which Python keeps beside the str: no text is copied here.
-fn borrow_all<'a>(texts: &'a [Bound<'_, PyString>]) -> PyResult<Vec<&'a str>> {
+pub(crate) fn borrow_all<'a>(texts: &'a [Bound<'_, PyString>]) -> PyResult<Vec<&'a str>> {
     texts
         .iter()
         .enumerate()
