@@ -25,12 +25,13 @@ from transformers import (
 from gad_fast import kernels
 from gad_fast.config import HardwareSettings, LearningRateSettings, OptimizerSettings
 from gad_fast.game.optim import PlayerOptimizer
-from gad_fast.game.steps import sample_groups, train_discriminator, train_student
+from gad_fast.game.steps import train_discriminator, train_student
 from gad_fast.models.discriminator import Discriminator, Reader
 from gad_fast.models.loading import Precision
 from gad_fast.models.student import Student
 from gad_fast.records import EncodedExample, Example, Response
 from gad_fast.rollout.engine import Sampling
+from gad_fast.rollout.groups import sample_groups
 from gad_fast.rollout.reference import ReferenceEngine
 from gad_fast.text import TextCodec
 from gpu_suite.cases import Case, Results, Row
@@ -85,7 +86,12 @@ def _play(
     sampling = Sampling(TEMPERATURE, response_tokens)
     groups, rollout = _timed(
         lambda: sample_groups(
-            players.engine, prompts, group_size=size.group_size, sampling=sampling, seed=0
+            players.engine,
+            prompts,
+            group_size=size.group_size,
+            sampling=sampling,
+            seed=0,
+            weight_version=0,
         ),
         scale,
     )

@@ -10,15 +10,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gad_fast import kernels
+    from gad_fast._core import RolloutBuffer
     from gad_fast.config import Recipe
+    from gad_fast.teacher.cache import TeacherCache
     from gad_fast.text import TextCodec
     from gad_fast.training import Summary, train
 
-__all__ = ["Recipe", "Summary", "TextCodec", "kernels", "train"]
+__all__ = [
+    "Recipe",
+    "RolloutBuffer",
+    "Summary",
+    "TeacherCache",
+    "TextCodec",
+    "kernels",
+    "train",
+]
 
 _HOMES = {
     "Recipe": "gad_fast.config",
+    "RolloutBuffer": "gad_fast._core",
     "Summary": "gad_fast.training",
+    "TeacherCache": "gad_fast.teacher.cache",
     "TextCodec": "gad_fast.text",
     "train": "gad_fast.training",
 }

@@ -7,14 +7,14 @@ import itertools
 import sys
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from gad_fast.config import Recipe
-from gad_fast.errors import ConfigError, GadFastError
+from gad_fast.errors import CacheCorruptError, ConfigError, GadFastError
 
 HELP = """\
 usage: gad-fast COMMAND ...
@@ -23,8 +23,12 @@ Distils a language model from a teacher that can only be asked for text.
 
 commands:
   train RECIPE.toml [--a.b value ...] [--dry-run]   play the game that a recipe describes
+  cache info CACHE                                  what a cache of teacher responses holds
+  cache verify CACHE                                check every row of it
+  cache export CACHE OUTPUT                         write it to a .jsonl or .parquet file
+  cache import CACHE SOURCE                         bring such a file into it
 
-`gad-fast COMMAND --help` lists what a command takes.
+`gad-fast train --help` lists what a recipe may say.
 """
 
 
@@ -58,9 +62,13 @@ def _dispatch(words: list[str]) -> int:
             print(HELP, end="")  # noqa: T201
         case ["train", *rest]:
             _train(rest)
+        case ["cache", *rest]:
+            _cache(rest)
         case _:
             unknown = words[0]
-            raise ConfigError(f"unknown command {unknown!r}, allowed: train (see gad-fast --help)")
+            raise ConfigError(
+                f"unknown command {unknown!r}, allowed: train, cache (see gad-fast --help)"
+            )
     return 0
 
 
@@ -78,6 +86,35 @@ def _train(words: list[str]) -> None:
         dry_run(recipe)
     else:
         train(recipe)
+
+
+def _cache(words: list[str]) -> None:
+    # Imported here: reading data files takes pyarrow, which help does not need.
+    from gad_fast.teacher import cache_command
+
+    match words:
+        case ["info", cache]:
+            for name, value in asdict(cache_command.info(Path(cache))).items():
+                print(f"{name.replace('_', ' '):16} {value}")  # noqa: T201
+        case ["verify", cache]:
+            verification = cache_command.verify(Path(cache))
+            for problem in verification.problems:
+                print(problem)  # noqa: T201
+            if verification.problems:
+                raise CacheCorruptError(
+                    f"{len(verification.problems)} problems in {verification.num_rows} rows of "
+                    f"{cache} (export what can be read, and import it into a new cache)"
+                )
+            print(f"{verification.num_rows} rows, all as they were stored")  # noqa: T201
+        case ["export", cache, output]:
+            print(cache_command.export(Path(cache), Path(output)))  # noqa: T201
+        case ["import", cache, source]:
+            print(cache_command.import_(Path(cache), Path(source)))  # noqa: T201
+        case _:
+            raise ConfigError(
+                f"cache takes info CACHE, verify CACHE, export CACHE OUTPUT or import CACHE "
+                f"SOURCE, got {' '.join(words) or 'nothing'}"
+            )
 
 
 def _overrides(flags: list[str]) -> dict[str, Any]:

@@ -16,13 +16,13 @@ from gad_fast.evaluation.validation import Validation, validate
 from gad_fast.game.loop import Game, Opponent, play, sampling_of
 from gad_fast.game.optim import PlayerOptimizer
 from gad_fast.game.plan import Plan, make_plan
-from gad_fast.game.steps import sample_groups
 from gad_fast.game.symmetry import check_symmetry
 from gad_fast.game.warmup import imitate_only, warm_up
 from gad_fast.models.discriminator import Discriminator, load_discriminator
 from gad_fast.models.loading import Precision, load_config, require_context
 from gad_fast.models.student import load_student
 from gad_fast.rollout.engine import RolloutEngine
+from gad_fast.rollout.groups import sample_groups
 from gad_fast.rollout.reference import ReferenceEngine
 from gad_fast.run.checkpoint import Writers, export
 from gad_fast.run.display import Display
@@ -50,6 +50,7 @@ class Inputs:
     codec: TextCodec
     config: PreTrainedConfig
     prompts: PromptSet
+    batches: BatchStream
     precision: Precision
     plan: Plan
 
@@ -102,16 +103,14 @@ def load_inputs(recipe: Recipe) -> Inputs:
     require_context(config, recipe.data, recipe.student.model)
     codec = TextCodec.from_pretrained(recipe.student.model)
     prompts = load_prompt_set(recipe.data, codec)
+    batches = BatchStream(prompts.train, batch_size=recipe.batch.prompts_per_step, seed=recipe.seed)
     plan = make_plan(recipe, prompts, config, precision)
-    return Inputs(codec, config, prompts, precision, plan)
+    return Inputs(codec, config, prompts, batches, precision, plan)
 
 
 def set_up(recipe: Recipe, inputs: Inputs, display: Display) -> Game:
     """Models, optimizers and engine, with the symmetry check; makes the run folder at the end."""
     precision, codec = inputs.precision, inputs.codec
-    batches = BatchStream(
-        inputs.prompts.train, batch_size=recipe.batch.prompts_per_step, seed=recipe.seed
-    )
     student = load_student(recipe.student, precision)
     engine = ReferenceEngine(
         student.model, precision, end_id=codec.end_id, max_sequences=recipe.rollout.max_sequences
@@ -129,7 +128,7 @@ def set_up(recipe: Recipe, inputs: Inputs, display: Display) -> Game:
         student_optimizer=PlayerOptimizer("student", student.parameters(), recipe.optimizer),
         opponent=opponent,
         engine=engine,
-        batches=iter(batches),
+        batches=iter(inputs.batches),
         recorder=Recorder(RunFolder.create(recipe), display, recipe.run, writers),
     )
 
@@ -176,6 +175,7 @@ def _validate(game: Game, inputs: Inputs) -> Validation:
         group_size=1,
         sampling=game.sampling,
         seed=game.recipe.seed,
+        weight_version=game.weight_version,
     )
     result = validate(game.student, discriminator, game.codec, groups, game.recipe)
     line = {"step": game.steps_done, "stage": "validation", **asdict(result)}
@@ -216,5 +216,7 @@ def _check_symmetry(
     by_length = sorted(inputs.prompts.train, key=lambda prompt: len(prompt.teacher))
     prompts = [*by_length[: NUM_SYMMETRY_GROUPS - 1], by_length[-1]]
     sampling = sampling_of(recipe)
-    groups = sample_groups(engine, prompts, group_size=1, sampling=sampling, seed=recipe.seed)
+    groups = sample_groups(
+        engine, prompts, group_size=1, sampling=sampling, seed=recipe.seed, weight_version=0
+    )
     check_symmetry(discriminator, inputs.codec, groups, sampling)

@@ -140,6 +140,11 @@ def test_a_student_without_template_or_eos_is_refused(tmp_path: Path) -> None:
     assert_user_error(run("train", recipe), "has no EOS token")
 
 
+def test_a_dry_run_refuses_what_a_run_would(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, batch={"prompts_per_step": 500})
+    assert_user_error(run("train", recipe, "--dry-run"), "batch.prompts_per_step is 500, but only")
+
+
 def test_a_used_run_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, method="seqkd")
     assert run("train", recipe).returncode == 0

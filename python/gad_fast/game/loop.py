@@ -16,7 +16,6 @@ from gad_fast.game.steps import (
     Metrics,
     imitate,
     length_metrics,
-    sample_groups,
     train_discriminator,
     train_student,
 )
@@ -24,6 +23,7 @@ from gad_fast.models.discriminator import Discriminator
 from gad_fast.models.student import Student
 from gad_fast.records import EncodedExample, Group
 from gad_fast.rollout.engine import ModuleWeights, RolloutEngine, Sampling
+from gad_fast.rollout.groups import sample_groups
 from gad_fast.run.recorder import Recorder
 from gad_fast.run.stopwatch import Stopwatch
 from gad_fast.text import TextCodec
@@ -103,6 +103,7 @@ class Step:
                 group_size=game.recipe.rollout.group_size,
                 sampling=game.sampling,
                 seed=game.recipe.seed * 1_000_003 + game.steps_done,
+                weight_version=game.weight_version,
             )
         self.metrics |= length_metrics(self.groups)
 

@@ -1,4 +1,4 @@
-"""The verbs of a step: sample, train the discriminator, imitate, train the student.
+"""The training verbs of a step: train the discriminator, imitate, train the student.
 
 Each training verb works through token-budgeted micro-batches and makes exactly one update; every
 loss is divided by the tokens or pairs of the whole step, so the budget changes memory, never the
@@ -19,8 +19,7 @@ from gad_fast.models.batch import PaddedBatch
 from gad_fast.models.discriminator import Discriminator
 from gad_fast.models.micro_batches import micro_batches, plan_groups
 from gad_fast.models.student import Student
-from gad_fast.records import EncodedExample, Group, Response
-from gad_fast.rollout.engine import GenRequest, RolloutEngine, Sampling
+from gad_fast.records import EncodedExample, Group
 
 Metrics = dict[str, float]
 
@@ -31,25 +30,6 @@ class Verdict(NamedTuple):
     scores: Tensor
     """Float [B, G] on the CPU: the rollouts' scores, which are the student's rewards."""
     metrics: Metrics
-
-
-def sample_groups(
-    engine: RolloutEngine,
-    prompts: Sequence[EncodedExample],
-    *,
-    group_size: int,
-    sampling: Sampling,
-    seed: int,
-) -> list[Group]:
-    """Samples `group_size` rollouts of each prompt; groups come in the order of the prompts."""
-    requests = [
-        GenRequest(group_id, prompt.prompt_ids, group_size, sampling, seed)
-        for group_id, prompt in enumerate(prompts)
-    ]
-    rollouts: list[list[Response]] = [[] for _ in prompts]
-    for output in engine.generate(requests):
-        rollouts[output.group_id].append(output.response)
-    return [Group(prompt, group) for prompt, group in zip(prompts, rollouts, strict=True)]
 
 
 def train_discriminator(

@@ -43,7 +43,7 @@ def check_symmetry(
             raise SymmetryError(
                 f"the same text scores {student.item()} as the student's and {teacher.item()} as "
                 f"the teacher's: the discriminator would learn the difference in form "
-                f"(check eos_token and chat_template of the student's tokenizer)"
+                f"(check eos_token and chat_template of both players' tokenizers)"
             )
 
 
