@@ -69,6 +69,11 @@ class DataSettings(Settings):
     max_response_tokens: int = Field(default=1536, ge=2)
     """Rollouts and teacher responses are both cut here, the end token included."""
 
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of a prompt with one response."""
+        return self.max_prompt_tokens + self.max_response_tokens
+
 
 class RolloutSettings(Settings):
     """How the student samples."""

@@ -20,7 +20,7 @@ from gad_fast.game.symmetry import check_symmetry
 from gad_fast.game.warmup import imitate_only, warm_up
 from gad_fast.models.discriminator import Discriminator, load_discriminator
 from gad_fast.models.loading import Precision, load_config, require_context
-from gad_fast.models.student import load_student
+from gad_fast.models.student import Student, load_student
 from gad_fast.rollout.engine import RolloutEngine
 from gad_fast.rollout.groups import sample_groups
 from gad_fast.rollout.reference import ReferenceEngine
@@ -111,7 +111,8 @@ def load_inputs(recipe: Recipe) -> Inputs:
 def set_up(recipe: Recipe, inputs: Inputs, display: Display) -> Game:
     """Models, optimizers and engine, with the symmetry check; makes the run folder at the end."""
     precision, codec = inputs.precision, inputs.codec
-    student = load_student(recipe.student, precision)
+    student = load_student(recipe, precision)
+    _say_layout(display, "student", student)
     engine = ReferenceEngine(
         student.model, precision, end_id=codec.end_id, max_sequences=recipe.rollout.max_sequences
     )
@@ -120,6 +121,7 @@ def set_up(recipe: Recipe, inputs: Inputs, display: Display) -> Game:
     writers: Writers = {"student": lambda folder: student.save(folder, codec)}
     if recipe.method == "gad":
         opponent = _opponent(recipe, inputs, engine)
+        _say_layout(display, "discriminator", opponent.discriminator)
         writers["discriminator"] = opponent.discriminator.save
     return Game(
         recipe=recipe,
@@ -131,6 +133,14 @@ def set_up(recipe: Recipe, inputs: Inputs, display: Display) -> Game:
         batches=iter(inputs.batches),
         recorder=Recorder(RunFolder.create(recipe), display, recipe.run, writers),
     )
+
+
+def _say_layout(display: Display, name: str, player: Student | Discriminator) -> None:
+    if not player.shares_prompts:
+        display.say(
+            f"{name}: a row for each response, since its layers give other numbers when the "
+            f"responses of a prompt share it (a state, or a sliding window below data's limits)"
+        )
 
 
 def show_plan(recipe: Recipe, inputs: Inputs, display: Display) -> None:

@@ -21,7 +21,7 @@ from gad_fast.errors import SymmetryError
 from gad_fast.game.optim import PlayerOptimizer
 from gad_fast.game.steps import train_discriminator
 from gad_fast.game.symmetry import check_symmetry
-from gad_fast.models.batch import pad
+from gad_fast.models.batch import Item, pad
 from gad_fast.models.discriminator import Discriminator, load_discriminator
 from gad_fast.models.loading import Precision
 from gad_fast.records import EncodedExample, Example, Group, Message, Response
@@ -203,7 +203,8 @@ def test_the_saved_discriminator_scores_alike_in_plain_transformers(tmp_path: Pa
         codec.encode_chats([[Message(role="user", content="sun")]] * 3, add_generation_prompt=True)
     )
     responses = codec.encode_responses(texts, max_tokens=6)
-    batch = pad(prompts, responses, pad_id=model.config.pad_token_id, device=CPU.device)
+    items = [Item(*row) for row in zip(prompts, [[r] for r in responses], strict=True)]
+    batch = pad(items, pad_id=model.config.pad_token_id, device=CPU.device)
     recipe = tiny.recipe(tmp_path, discriminator={"model": str(folder)}, output=tmp_path / "x")
     ours = load_discriminator(recipe, codec, CPU)
     with torch.no_grad():

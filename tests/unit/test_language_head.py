@@ -19,7 +19,7 @@ from transformers import (
 import tiny
 from gad_fast.config import HardwareSettings
 from gad_fast.kernels import FusedLMHead
-from gad_fast.models.batch import PaddedBatch, pad
+from gad_fast.models.batch import Item, PaddedBatch, pad
 from gad_fast.models.language_head import HeadOptions, fuse_head
 from gad_fast.models.loading import Precision
 from gad_fast.models.student import Student
@@ -61,12 +61,10 @@ def batch() -> PaddedBatch:
     """Three sequences of different prompts and responses."""
     generator = np.random.default_rng(0)
     rows = [generator.integers(1, 16, size=n).astype(np.int32) for n in (3, 5, 4, 2, 6, 1)]
-    return pad(
-        rows[:3],
-        [Response(ids, True) for ids in rows[3:]],
-        pad_id=0,
-        device=torch.device("cpu"),
-    )
+    items = [
+        Item(prompt, [Response(ids, True)]) for prompt, ids in zip(rows[:3], rows[3:], strict=True)
+    ]
+    return pad(items, pad_id=0, device=torch.device("cpu"))
 
 
 def losses(student: Student) -> tuple[torch.Tensor, torch.Tensor]:

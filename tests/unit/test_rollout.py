@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LlamaForCausalLM, MistralConfig, Mist
 
 import tiny
 from gad_fast.config import HardwareSettings
-from gad_fast.models.batch import pad
+from gad_fast.models.batch import Item, pad
 from gad_fast.models.loading import Precision
 from gad_fast.models.student import Student
 from gad_fast.records import Response
@@ -132,7 +132,8 @@ def test_response_logprobs_equal_a_forward_pass_of_each_sequence_alone() -> None
     prompts = [np.array(prompt, dtype=np.int32) for prompt in PROMPTS]
     texts = [[5, 6, END], [7], [8, 9, 10, 11, 12]]
     responses = [Response(np.array(ids, dtype=np.int32), is_finished=True) for ids in texts]
-    batch = pad(prompts, responses, pad_id=0, device=CPU.device)
+    items = [Item(*row) for row in zip(prompts, [[r] for r in responses], strict=True)]
+    batch = pad(items, pad_id=0, device=CPU.device)
     with torch.no_grad():
         ours = student.response_logprobs(batch, temperature=0.8)
         expected = []

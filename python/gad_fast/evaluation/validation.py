@@ -9,8 +9,8 @@ import torch
 
 from gad_fast.config import Recipe
 from gad_fast.evaluation.lexical import rouge_l
+from gad_fast.models.batch import Item
 from gad_fast.models.discriminator import Discriminator
-from gad_fast.models.micro_batches import micro_batches, plan_groups
 from gad_fast.models.student import Student
 from gad_fast.records import EncodedExample, Group
 from gad_fast.text import TextCodec
@@ -66,12 +66,12 @@ def validate(
 
 def teacher_nll(student: Student, prompts: Sequence[EncodedExample], *, token_budget: int) -> float:
     """Mean negative log-likelihood of the teacher's tokens, in nats."""
-    rows = [(prompt.prompt_ids, prompt.teacher) for prompt in prompts]
+    items = [Item(prompt.prompt_ids, [prompt.teacher]) for prompt in prompts]
     total = 0.0
     with torch.no_grad():
-        for _, batch in micro_batches(rows, token_budget=token_budget, device=student.device):
+        for _, batch in student.micro_batches(items, token_budget=token_budget):
             total -= student.response_logprobs(batch, temperature=1.0).sum().item()
-    return total / sum(len(response) for _, response in rows)
+    return total / sum(len(prompt.teacher) for prompt in prompts)
 
 
 def pair_accuracy(
@@ -80,8 +80,7 @@ def pair_accuracy(
     """Share of (rollout, teacher response) pairs in which the teacher's scores higher."""
     num_right = num_pairs = 0
     with torch.no_grad():
-        for indices in plan_groups(groups, token_budget=token_budget):
-            scores = discriminator.score_groups([groups[i] for i in indices])
+        for _, scores in discriminator.score_in_parts(groups, token_budget=token_budget):
             num_right += int((scores.teacher.unsqueeze(1) > scores.student).sum())
             num_pairs += scores.student.numel()
     return num_right / num_pairs

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from gad_fast import kernels
 from gad_fast.game.optim import PlayerOptimizer
-from gad_fast.models.batch import PaddedBatch
+from gad_fast.models.batch import Batch, Item
 from gad_fast.models.discriminator import Discriminator
-from gad_fast.models.micro_batches import micro_batches, plan_groups
 from gad_fast.models.student import Student
 from gad_fast.records import EncodedExample, Group
 
@@ -47,8 +46,7 @@ def train_discriminator(
     teacher_scores = torch.empty(len(groups))
     student_scores = torch.empty(len(groups), group_size)
     total_loss = 0.0
-    for indices in plan_groups(groups, token_budget=token_budget):
-        scores = discriminator.score_groups([groups[i] for i in indices])
+    for indices, scores in discriminator.score_in_parts(groups, token_budget=token_budget):
         loss, _ = kernels.bradley_terry_loss(
             scores.teacher, scores.student, num_pairs=student_scores.numel()
         )
@@ -74,10 +72,10 @@ def imitate(
     token_budget: int,
 ) -> Metrics:
     """One update on the cross-entropy of the teacher's responses."""
-    rows = [(prompt.prompt_ids, prompt.teacher) for prompt in prompts]
-    num_tokens = sum(len(response) for _, response in rows)
+    items = [Item(prompt.prompt_ids, [prompt.teacher]) for prompt in prompts]
+    num_tokens = sum(len(prompt.teacher) for prompt in prompts)
     total_loss = 0.0
-    for _, batch in micro_batches(rows, token_budget=token_budget, device=student.device):
+    for _, batch in student.micro_batches(items, token_budget=token_budget):
         loss = student.imitation_loss(batch, num_tokens=num_tokens)
         loss.backward()
         total_loss += loss.item()
@@ -112,11 +110,11 @@ def train_student(
         temperature: that of the rollouts.
         token_budget: padded tokens a micro-batch may hold.
     """
-    rows = [(group.prompt.prompt_ids, rollout) for group in groups for rollout in group.rollouts]
-    num_tokens = sum(len(response) for _, response in rows)
+    items = [Item(group.prompt.prompt_ids, group.rollouts) for group in groups]
+    num_tokens = sum(len(rollout) for group in groups for rollout in group.rollouts)
     flat_advantages = advantages.flatten().to(student.device)
     totals = dict.fromkeys(("policy_loss", "kl", "entropy"), 0.0)
-    for indices, batch in micro_batches(rows, token_budget=token_budget, device=student.device):
+    for indices, batch in student.micro_batches(items, token_budget=token_budget):
         loss, means = student.policy_loss(
             batch,
             flat_advantages[indices].repeat_interleave(batch.lengths),
@@ -163,7 +161,7 @@ def length_metrics(groups: Sequence[Group]) -> Metrics:
 
 
 def _reference_logprobs(
-    reference: Student | None, batch: PaddedBatch, temperature: float
+    reference: Student | None, batch: Batch, temperature: float
 ) -> Tensor | None:
     if reference is None:
         return None

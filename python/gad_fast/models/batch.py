@@ -1,9 +1,16 @@
-"""Prompts and responses as one padded rectangle, ready for a forward pass."""
+"""Groups of a micro-batch laid out for one forward pass, in one of two ways.
+
+`SharedPrompts` has a row for each group, `[prompt][response 1]...[response n]`: the prompt is read
+once, and every response sees the prompt and itself. It is exact for models that take a mask and
+positions as they are given (shared_prompts.py finds out), and costs P + n R tokens a group.
+`PaddedBatch` has a row for each response and repeats the prompt, n (P + R) tokens, for all models.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -12,12 +19,46 @@ from torch import Tensor
 from gad_fast.records import Ids, Response
 
 
+class Item(NamedTuple):
+    """A prompt and responses to it."""
+
+    prompt_ids: Ids
+    responses: Sequence[Response]
+
+
+class Batch(Protocol):
+    """N responses in a forward pass, in the order of the items and of the responses in each."""
+
+    @property
+    def model_inputs(self) -> dict[str, Tensor]:
+        """Arguments of the model: ids, mask and positions."""
+        ...
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 [T], the tokens of all responses, laid end to end."""
+        ...
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [N], tokens of each response."""
+        ...
+
+    def predictors(self, hidden: Tensor) -> Tensor:
+        """Of hidden states the ones [T, D] that predict the labels."""
+        ...
+
+    def last_tokens(self, hidden: Tensor) -> Tensor:
+        """Of hidden states the ones [N, D] at the last token of each response."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class PaddedBatch:
     """N sequences, prompts padded on the left and responses on the right.
 
-    All responses start in the same column, so that a model computes logits for the last columns
-    only. Positions count from each sequence's first real token: padding changes no score.
+    All responses start in the same column. Positions count from each sequence's first real token:
+    padding changes no score.
     """
 
     input_ids: Tensor
@@ -27,35 +68,87 @@ class PaddedBatch:
     position_ids: Tensor
     """int64 [N, P + R]."""
     lengths: Tensor
-    """int64 [N], tokens of each response."""
     prompt_width: int
     """P, columns of the longest prompt."""
 
     @property
-    def response_ids(self) -> Tensor:
-        """int64 [N, R]."""
-        return self.input_ids[:, self.prompt_width :]
+    def model_inputs(self) -> dict[str, Tensor]:
+        """As in `Batch`."""
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+        }
 
     @property
-    def response_mask(self) -> Tensor:
-        """Boolean [N, R], true at response tokens, the end token included."""
+    def labels(self) -> Tensor:
+        """As in `Batch`."""
+        return self.input_ids[:, self.prompt_width :][self._response_mask]
+
+    def predictors(self, hidden: Tensor) -> Tensor:
+        """As in `Batch`."""
+        # The column before the first response token predicts it; the last predicts nothing.
+        return hidden[:, self.prompt_width - 1 : -1][self._response_mask]
+
+    def last_tokens(self, hidden: Tensor) -> Tensor:
+        """As in `Batch`."""
+        rows = torch.arange(len(hidden), device=hidden.device)
+        return hidden[rows, self.prompt_width + self.lengths - 1]
+
+    @property
+    def _response_mask(self) -> Tensor:
         return self.attention_mask[:, self.prompt_width :].bool()
 
+
+@dataclass(frozen=True, slots=True)
+class SharedPrompts:
+    """B groups of N responses in all, a row each, padded on the right."""
+
+    input_ids: Tensor
+    """int64 [B, L]."""
+    attention_mask: Tensor
+    """Boolean [B, 1, L, L]: which tokens a token sees."""
+    position_ids: Tensor
+    """int64 [B, L]; every response goes on where its prompt ended."""
+    lengths: Tensor
+    predictor_index: Tensor
+    """int64 [T], where in the flattened rows the token before each response token is."""
+    last_index: Tensor
+    """int64 [N], where in the flattened rows each response ends."""
+    label_index: Tensor
+    """int64 [T], where in the flattened rows the response tokens are."""
+
     @property
-    def last_columns(self) -> Tensor:
-        """int64 [N], column of the last token of each response."""
-        return self.prompt_width + self.lengths - 1
+    def model_inputs(self) -> dict[str, Tensor]:
+        """As in `Batch`."""
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+        }
+
+    @property
+    def labels(self) -> Tensor:
+        """As in `Batch`."""
+        return self.input_ids.flatten()[self.label_index]
+
+    def predictors(self, hidden: Tensor) -> Tensor:
+        """As in `Batch`."""
+        return hidden.flatten(0, 1)[self.predictor_index]
+
+    def last_tokens(self, hidden: Tensor) -> Tensor:
+        """As in `Batch`."""
+        return hidden.flatten(0, 1)[self.last_index]
 
 
-def pad(
-    prompts: Sequence[Ids], responses: Sequence[Response], *, pad_id: int, device: torch.device
-) -> PaddedBatch:
-    """Lays out sequences as a rectangle of the longest prompt and the longest response."""
-    lengths = np.array([len(response) for response in responses])
-    prompt_width = max(len(prompt) for prompt in prompts)
-    shape = (len(prompts), prompt_width + int(lengths.max()))
+def pad(items: Sequence[Item], *, pad_id: int, device: torch.device) -> PaddedBatch:
+    """Lays out a row for each response, as a rectangle of the longest prompt and response."""
+    rows = [(item.prompt_ids, response) for item in items for response in item.responses]
+    lengths = np.array([len(response) for _, response in rows])
+    prompt_width = max(len(prompt) for prompt, _ in rows)
+    shape = (len(rows), prompt_width + int(lengths.max()))
     ids, mask = np.full(shape, pad_id, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+    for row, (prompt, response) in enumerate(rows):
         start, end = prompt_width - len(prompt), prompt_width + len(response)
         ids[row, start:prompt_width], ids[row, prompt_width:end] = prompt, response.ids
         mask[row, start:end] = 1
@@ -67,3 +160,50 @@ def pad(
         lengths=torch.from_numpy(lengths).to(device),
         prompt_width=prompt_width,
     )
+
+
+def share_prompts(items: Sequence[Item], *, pad_id: int, device: torch.device) -> SharedPrompts:
+    """Lays out a row for each item, with its prompt once."""
+    widths = [len(item.prompt_ids) + sum(map(len, item.responses)) for item in items]
+    shape = (len(items), max(widths))
+    ids, positions = np.full(shape, pad_id, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    # Padding is a segment of its own: nobody sees it, and it sees itself.
+    segments = np.full(shape, -1, dtype=np.int64)
+    labels: list[np.ndarray] = []
+    predictors: list[np.ndarray] = []
+    for row, item in enumerate(items):
+        P, start = len(item.prompt_ids), len(item.prompt_ids)
+        ids[row, :P], positions[row, :P], segments[row, :P] = item.prompt_ids, np.arange(P), 0
+        for segment, response in enumerate(item.responses, start=1):
+            end = start + len(response)
+            ids[row, start:end] = response.ids
+            positions[row, start:end] = np.arange(P, P + len(response))
+            segments[row, start:end] = segment
+            columns = row * shape[1] + np.arange(start, end)
+            labels.append(columns)
+            # The first token of a response is predicted by the last of the prompt.
+            predictors.append(np.concatenate([[row * shape[1] + P - 1], columns[:-1]]))
+            start = end
+
+    def on_device(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    return SharedPrompts(
+        input_ids=on_device(ids),
+        attention_mask=_visible(on_device(segments)),
+        position_ids=on_device(positions),
+        lengths=on_device(np.array([len(columns) for columns in labels])),
+        predictor_index=on_device(np.concatenate(predictors)),
+        last_index=on_device(np.array([columns[-1] for columns in labels])),
+        label_index=on_device(np.concatenate(labels)),
+    )
+
+
+def _visible(segments: Tensor) -> Tensor:
+    """Boolean [B, 1, L, L] from segments [B, L]: earlier tokens of the prompt and of one's own."""
+    L = segments.shape[1]
+    order = torch.arange(L, device=segments.device)
+    is_earlier = order[:, None] >= order[None, :]
+    is_own = segments[:, :, None] == segments[:, None, :]
+    is_prompt = (segments == 0)[:, None, :] & (segments >= 0)[:, :, None]
+    return (is_earlier & (is_own | is_prompt))[:, None]

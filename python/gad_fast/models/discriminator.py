@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 from gad_fast import kernels
 from gad_fast.config import Recipe
 from gad_fast.errors import ConfigError, ModelError
-from gad_fast.models.batch import PaddedBatch, pad
+from gad_fast.models.batch import Batch, Item
 from gad_fast.models.loading import Precision, load_config, load_scorer, require_context
-from gad_fast.records import Group, Ids, Response
+from gad_fast.models.micro_batches import lay_out, plan
+from gad_fast.models.shared_prompts import can_share_prompts
+from gad_fast.records import Group, Response
 from gad_fast.text import TextCodec
 
 
@@ -41,7 +43,10 @@ def load_discriminator(
             f"discriminator.model {source} has no tokenizer and {num_readable} embeddings, but the "
             f"student has {student_codec.num_tokens} tokens (add the discriminator's tokenizer)"
         )
-    return Discriminator(model, precision, Reader(student_codec, own_codec))
+    reader = Reader(student_codec, own_codec)
+    # Another tokenizer may need more tokens for the same text: then nothing is known of the most.
+    max_tokens = recipe.data.max_tokens if reader.codec is student_codec else None
+    return Discriminator(model, precision, reader, max_tokens=max_tokens)
 
 
 class GroupScores(NamedTuple):
@@ -66,14 +71,14 @@ class Reader:
         self._own_codec = None if is_same else own_codec
         self.codec = own_codec if own_codec is not None and not is_same else student_codec
 
-    def read(self, group: Group) -> tuple[Ids, list[Response]]:
+    def read(self, group: Group) -> Item:
         """The prompt, and the rollouts followed by the teacher's response."""
         responses = [*group.rollouts, group.prompt.teacher]
         if self._own_codec is None:
-            return group.prompt.prompt_ids, responses
+            return Item(group.prompt.prompt_ids, responses)
         chats = [group.prompt.example.messages]
         prompt_ids = self._own_codec.encode_chats(chats, add_generation_prompt=True)[0]
-        return prompt_ids, self._transcribe(responses, self._own_codec)
+        return Item(prompt_ids, self._transcribe(responses, self._own_codec))
 
     def _transcribe(self, responses: list[Response], codec: TextCodec) -> list[Response]:
         texts = codec.encode_batch(self._student_codec.decode_responses(responses))
@@ -92,38 +97,51 @@ class Discriminator(nn.Module):
     models is the end token itself.
     """
 
-    def __init__(self, model: PreTrainedModel, precision: Precision, reader: Reader) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        precision: Precision,
+        reader: Reader,
+        *,
+        max_tokens: int | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
+        self.shares_prompts = can_share_prompts(model, max_tokens=max_tokens)
         self.precision = precision
         self.reader = reader
         self.head = _head(model)
         if self.head.weight.dtype == torch.bfloat16:
             self.head.float()
 
-    def score(self, batch: PaddedBatch) -> Tensor:
+    def score(self, batch: Batch) -> Tensor:
         """Scores of N sequences at the last token of each response, Float [N]."""
         with self.precision.autocast():
             hidden: Tensor = self.model.base_model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                position_ids=batch.position_ids,
-                use_cache=False,
+                **batch.model_inputs, use_cache=False
             ).last_hidden_state
-        return kernels.last_token_score(
-            hidden, self.head.weight, self.head.bias, lengths=batch.last_columns + 1
-        )
+        return kernels.last_token_score(batch.last_tokens(hidden), self.head.weight, self.head.bias)
 
     def score_groups(self, groups: Sequence[Group]) -> GroupScores:
         """Scores of whole groups of equal size in one pass; the teacher is read once a group."""
-        prompts: list[Ids] = []
-        responses: list[Response] = []
-        for group in groups:
-            prompt_ids, group_responses = self.reader.read(group)
-            prompts += [prompt_ids] * len(group_responses)
-            responses += group_responses
-        batch = pad(prompts, responses, pad_id=self.reader.codec.end_id, device=self.device)
-        scores = self.score(batch).unflatten(0, (len(groups), -1))
+        return self._score_items([self.reader.read(group) for group in groups])
+
+    def score_in_parts(
+        self, groups: Sequence[Group], *, token_budget: int
+    ) -> Iterator[tuple[list[int], GroupScores]]:
+        """The same in micro-batches, each with the indices of its groups."""
+        items = [self.reader.read(group) for group in groups]
+        for indices in plan(items, token_budget=token_budget, is_shared=self.shares_prompts):
+            yield indices, self._score_items([items[index] for index in indices])
+
+    def _score_items(self, items: Sequence[Item]) -> GroupScores:
+        batch = lay_out(
+            items,
+            is_shared=self.shares_prompts,
+            pad_id=self.reader.codec.end_id,
+            device=self.device,
+        )
+        scores = self.score(batch).unflatten(0, (len(items), -1))
         return GroupScores(teacher=scores[:, -1], student=scores[:, :-1])
 
     @property

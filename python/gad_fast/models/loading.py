@@ -83,7 +83,7 @@ def causal_lm_from_config(config: PreTrainedConfig) -> PreTrainedModel:
 def require_context(config: PreTrainedConfig, data: DataSettings, source: str) -> None:
     """Raises ConfigError when prompt and response together may be longer than a model can read."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    wanted = data.max_prompt_tokens + data.max_response_tokens
+    wanted = data.max_tokens
     if limit is not None and wanted > limit:
         raise ConfigError(
             f"data.max_prompt_tokens + data.max_response_tokens is {wanted}, but {source} reads at "

@@ -1,4 +1,4 @@
-"""Token-budgeted micro-batches: which sequences go through a model together."""
+"""Token-budgeted micro-batches: which groups, or which responses, go through a model together."""
 
 from __future__ import annotations
 
@@ -8,42 +8,50 @@ import numpy as np
 import torch
 
 from gad_fast import _core
-from gad_fast.models.batch import PaddedBatch, pad
-from gad_fast.records import Group, Ids, Response
+from gad_fast.models.batch import Batch, Item, pad, share_prompts
+
+
+def plan(items: Sequence[Item], *, token_budget: int, is_shared: bool) -> list[list[int]]:
+    """Indices of the items of each micro-batch; an item is never torn apart.
+
+    Args:
+        items: prompts with their responses, in any order.
+        token_budget: most tokens a batch may hold, padding included; an item over it alone is a
+            batch of its own.
+        is_shared: whether an item's responses share one row with its prompt.
+    """
+    prompts = np.array([len(item.prompt_ids) for item in items], dtype=np.int64)
+    if is_shared:
+        rows, longest = np.ones_like(prompts), [sum(map(len, item.responses)) for item in items]
+    else:
+        rows = np.array([len(item.responses) for item in items], dtype=np.int64)
+        longest = [max(map(len, item.responses)) for item in items]
+    responses = np.array(longest, dtype=np.int64)
+    if is_shared:
+        # A row is as wide as its item: the widest of prompt and responses together.
+        prompts, responses = prompts + responses, np.zeros_like(responses)
+    parts = _core.plan_micro_batches(rows, prompts, responses, token_budget=token_budget)
+    return [part.tolist() for part in parts]
+
+
+def lay_out(items: Sequence[Item], *, is_shared: bool, pad_id: int, device: torch.device) -> Batch:
+    """The items as one batch."""
+    layout = share_prompts if is_shared else pad
+    return layout(items, pad_id=pad_id, device=device)
 
 
 def micro_batches(
-    rows: Sequence[tuple[Ids, Response]], *, token_budget: int, device: torch.device
-) -> Iterator[tuple[list[int], PaddedBatch]]:
-    """Padded batches of (prompt, response) rows, each with the indices of its rows.
+    items: Sequence[Item], *, token_budget: int, is_shared: bool, device: torch.device
+) -> Iterator[tuple[list[int], Batch]]:
+    """Batches of responses, each with the indices of its responses among those of all items.
 
-    Args:
-        rows: sequences, in any order.
-        token_budget: most padded tokens a batch may hold; a longer row is a batch of its own.
-        device: where the batches are put.
+    Without shared prompts there is no reason to keep the responses of an item together.
     """
-    plan = _core.plan_micro_batches(
-        np.ones(len(rows), dtype=np.int64),
-        np.array([len(prompt) for prompt, _ in rows], dtype=np.int64),
-        np.array([len(response) for _, response in rows], dtype=np.int64),
-        token_budget=token_budget,
-    )
-    for indices in (part.tolist() for part in plan):
-        prompts, responses = zip(*(rows[i] for i in indices), strict=True)
+    if not is_shared:
+        items = [Item(item.prompt_ids, [r]) for item in items for r in item.responses]
+    starts = np.cumsum([0, *(len(item.responses) for item in items)])
+    for part in plan(items, token_budget=token_budget, is_shared=is_shared):
+        indices = [i for index in part for i in range(starts[index], starts[index + 1])]
         # Padding is masked: any token will do.
-        yield indices, pad(prompts, responses, pad_id=0, device=device)
-
-
-def plan_groups(groups: Sequence[Group], *, token_budget: int) -> Iterator[list[int]]:
-    """Indices of the groups of each micro-batch; a group, teacher included, is never torn apart.
-
-    Lengths are in the student's tokens, also where the discriminator has its own.
-    """
-    longest = [max(len(r) for r in [*g.rollouts, g.prompt.teacher]) for g in groups]
-    plan = _core.plan_micro_batches(
-        np.array([len(group.rollouts) + 1 for group in groups], dtype=np.int64),
-        np.array([len(group.prompt.prompt_ids) for group in groups], dtype=np.int64),
-        np.array(longest, dtype=np.int64),
-        token_budget=token_budget,
-    )
-    return (part.tolist() for part in plan)
+        chosen = [items[index] for index in part]
+        yield indices, lay_out(chosen, is_shared=is_shared, pad_id=0, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gad_fast import kernels
-from gad_fast.config import StudentSettings
-from gad_fast.models.batch import PaddedBatch
+from gad_fast.config import Recipe
+from gad_fast.models.batch import Batch, Item
 from gad_fast.models.language_head import fuse_head
 from gad_fast.models.loading import Precision, load_causal_lm
+from gad_fast.models.micro_batches import micro_batches
+from gad_fast.models.shared_prompts import can_share_prompts
 from gad_fast.text import TextCodec
 
 
-def load_student(settings: StudentSettings, precision: Precision) -> Student:
+def load_student(recipe: Recipe, precision: Precision) -> Student:
     """The student that a recipe names; raises ModelError when it cannot be loaded."""
+    settings = recipe.student
     model = load_causal_lm(settings.model, dtype=settings.dtype, device=precision.device)
-    return Student(model, precision)
+    return Student(model, precision, max_tokens=recipe.data.max_tokens)
 
 
 class Student(nn.Module):
@@ -31,13 +35,24 @@ class Student(nn.Module):
     otherwise the model's own logits of the response tokens are taken.
     """
 
-    def __init__(self, model: PreTrainedModel, precision: Precision) -> None:
+    def __init__(
+        self, model: PreTrainedModel, precision: Precision, *, max_tokens: int | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.precision = precision
         self.head_options = fuse_head(model)
+        self.shares_prompts = can_share_prompts(model, max_tokens=max_tokens)
 
-    def response_logprobs(self, batch: PaddedBatch, *, temperature: float) -> Tensor:
+    def micro_batches(
+        self, items: Sequence[Item], *, token_budget: int
+    ) -> Iterator[tuple[list[int], Batch]]:
+        """Batches of responses, each with the indices of its responses among those of all items."""
+        return micro_batches(
+            items, token_budget=token_budget, is_shared=self.shares_prompts, device=self.device
+        )
+
+    def response_logprobs(self, batch: Batch, *, temperature: float) -> Tensor:
         """Log-probability of each response token, the end token included.
 
         Args:
@@ -49,12 +64,12 @@ class Student(nn.Module):
         """
         with self.precision.autocast():
             if self.head_options is None:
-                logits, labels = self._logits(batch), _labels(batch)
+                logits, labels = self._logits(batch), batch.labels
                 return kernels.token_logprobs(logits, labels, temperature=temperature)
             return self._head(batch, temperature=temperature)
 
     def policy_loss(
-        self, batch: PaddedBatch, advantages: Tensor, *, temperature: float, **options: Any
+        self, batch: Batch, advantages: Tensor, *, temperature: float, **options: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch, strictly on-policy, and what to log of it.
 
@@ -69,51 +84,38 @@ class Student(nn.Module):
         with self.precision.autocast():
             if self.head_options is not None:
                 return self._head(batch, advantages=advantages, temperature=temperature, **options)
-            logits, labels = self._logits(batch), _labels(batch)
+            logits, labels = self._logits(batch), batch.labels
             return kernels.policy_loss_from_logits(
                 logits, labels, None, advantages, temperature=temperature, **options
             )
 
-    def imitation_loss(self, batch: PaddedBatch, *, num_tokens: int) -> Tensor:
+    def imitation_loss(self, batch: Batch, *, num_tokens: int) -> Tensor:
         """Cross-entropy of the responses, summed over them and divided by `num_tokens`.
 
         It is the policy loss of a token that was as good as it can be told: advantage 1.
 
         Source: paper section 2.2 (warm-up).
         """
-        ones = torch.ones(int(batch.response_mask.sum()), device=self.device)
+        ones = torch.ones(len(batch.labels), device=self.device)
         loss, _ = self.policy_loss(
             batch, ones, temperature=1.0, loss_type="reinforce", num_tokens=num_tokens
         )
         return loss
 
-    def _head(self, batch: PaddedBatch, **options: Any) -> Any:
+    def _head(self, batch: Batch, **options: Any) -> Any:
         assert self.head_options is not None
-        output: Any = self.model.base_model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-        )
-        # The column before the first response token predicts it; the last predicts nothing.
-        hidden = output.last_hidden_state[:, batch.prompt_width - 1 : -1]
+        output: Any = self.model.base_model(**batch.model_inputs, use_cache=False)
         head: Any = self.model.get_output_embeddings()
         return head(
-            hidden[batch.response_mask],
-            _labels(batch),
+            batch.predictors(output.last_hidden_state),
+            batch.labels,
             **self.head_options.as_keywords(),
             **options,
         )
 
-    def _logits(self, batch: PaddedBatch) -> Tensor:
-        output: Any = self.model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            logits_to_keep=batch.response_ids.shape[1] + 1,
-            use_cache=False,
-        )
-        return output.logits[:, :-1][batch.response_mask]  # [T, V]
+    def _logits(self, batch: Batch) -> Tensor:
+        output: Any = self.model(**batch.model_inputs, use_cache=False)
+        return batch.predictors(output.logits)  # [T, V]
 
     @property
     def device(self) -> torch.device:
@@ -127,9 +129,5 @@ class Student(nn.Module):
 
     def frozen_copy(self) -> Student:
         """The student as it is, for the KL reference."""
-        return Student(copy.deepcopy(self.model).requires_grad_(False), self.precision)
-
-
-def _labels(batch: PaddedBatch) -> Tensor:
-    """The response tokens, laid end to end."""
-    return batch.response_ids[batch.response_mask]
+        frozen = copy.deepcopy(self)
+        return frozen.requires_grad_(False)

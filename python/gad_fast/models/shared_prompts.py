@@ -1,0 +1,65 @@
+"""Whether a model gives the same numbers when it reads a group's prompt once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from gad_fast.models.batch import Batch, Item, pad, share_prompts
+from gad_fast.records import Response
+
+# How far, relative to the largest, hidden states made in two ways may be apart.
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+def can_share_prompts(model: PreTrainedModel, *, max_tokens: int | None) -> bool:
+    """Proves it on a small group: layers that keep a state, or make their own mask, fail it.
+
+    Args:
+        model: a language model or a scorer.
+        max_tokens: most tokens of a prompt with one response, None where it is not known. A sliding
+            window below it would have to be part of the mask, which here is not.
+    """
+    parameter = next(model.parameters())
+    window = _window(model.config)
+    has_window = window is not None and (max_tokens is None or window < max_tokens)
+    if parameter.dtype not in _TOLERANCE or has_window:
+        return False
+    items = _sample(model)
+    try:
+        with torch.no_grad():
+            shared = _last_tokens(model, share_prompts(items, pad_id=0, device=parameter.device))
+            padded = _last_tokens(model, pad(items, pad_id=0, device=parameter.device))
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return False  # a mask of this shape is not taken at all
+    limit = _TOLERANCE[parameter.dtype] * padded.abs().max()
+    return bool((shared - padded).abs().max() <= limit)
+
+
+def _window(config: PreTrainedConfig) -> int | None:
+    text: Any = config.get_text_config()
+    if getattr(text, "use_sliding_window", True) is False:
+        return None
+    return getattr(text, "sliding_window", None)
+
+
+def _sample(model: PreTrainedModel) -> list[Item]:
+    embeddings: Any = model.get_input_embeddings()
+    random = np.random.default_rng(0)
+
+    def ids(length: int) -> Any:
+        return random.integers(embeddings.num_embeddings, size=length).astype(np.int32)
+
+    return [
+        Item(ids(3), [Response(ids(length), is_finished=True) for length in (3, 1, 2)]),
+        Item(ids(1), [Response(ids(4), is_finished=True)]),
+    ]
+
+
+def _last_tokens(model: PreTrainedModel, batch: Batch) -> Tensor:
+    output: Any = model.base_model(**batch.model_inputs, use_cache=False)
+    return batch.last_tokens(output.last_hidden_state)
