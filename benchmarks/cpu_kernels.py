@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -161,8 +162,8 @@ def measure(name: str, dtype: str, threads: int) -> dict[str, float]:
     return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
 
 
-def compare(dtype: str, threads: int) -> dict[str, dict[str, float]]:
-    """Medians over the repeats, and ratios to the naive version of the same turn."""
+def compare(dtype: str, threads: int) -> dict[str, dict[str, Any]]:
+    """Medians over the repeats, ratios to the naive version of the same turn, and all samples."""
     turns = [{name: measure(name, dtype, threads) for name in CASES} for _ in range(REPEATS)]
     return {
         name: {
@@ -174,9 +175,15 @@ def compare(dtype: str, threads: int) -> dict[str, dict[str, float]]:
             "memory_ratio": statistics.median(
                 turn[name]["peak_bytes"] / turn[peer]["peak_bytes"] for turn in turns
             ),
+            "samples": [turn[name] for turn in turns],
         }
         for name, (_, peer) in CASES.items()
     }
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next(line for line in lines if line.startswith("model name")).split(": ")[1]
 
 
 def main() -> None:
@@ -201,7 +208,8 @@ def main() -> None:
         record = {
             "shapes": dict(zip("TDV", SHAPES, strict=True)),
             "threads": arguments.threads,
-            "processor": platform.processor() or platform.machine(),
+            "processor": _processor(),
+            "triton": version("triton"),
             "torch": torch.__version__,
             "results": results,
         }

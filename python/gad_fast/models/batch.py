@@ -8,12 +8,15 @@ positions as they are given (shared_prompts.py finds out), and costs P + n R tok
 
 from __future__ import annotations
 
+import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gad_fast.records import Ids, Response
@@ -26,59 +29,50 @@ class Item(NamedTuple):
     responses: Sequence[Response]
 
 
-class Batch(Protocol):
+@dataclass(frozen=True, slots=True)
+class Batch(ABC):
     """N responses in a forward pass, in the order of the items and of the responses in each."""
+
+    input_ids: Tensor
+    """int64 [rows, columns]."""
+    attention_mask: Tensor
+    position_ids: Tensor
+    """int64 [rows, columns], counted from the first token of each sequence."""
+    lengths: Tensor
+    """int64 [N], tokens of each response."""
 
     @property
     def model_inputs(self) -> dict[str, Tensor]:
         """Arguments of the model: ids, mask and positions."""
-        ...
-
-    @property
-    def labels(self) -> Tensor:
-        """int64 [T], the tokens of all responses, laid end to end."""
-        ...
-
-    @property
-    def lengths(self) -> Tensor:
-        """int64 [N], tokens of each response."""
-        ...
-
-    def predictors(self, hidden: Tensor) -> Tensor:
-        """Of hidden states the ones [T, D] that predict the labels."""
-        ...
-
-    def last_tokens(self, hidden: Tensor) -> Tensor:
-        """Of hidden states the ones [N, D] at the last token of each response."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class PaddedBatch:
-    """N sequences, prompts padded on the left and responses on the right.
-
-    All responses start in the same column. Positions count from each sequence's first real token:
-    padding changes no score.
-    """
-
-    input_ids: Tensor
-    """int64 [N, P + R]."""
-    attention_mask: Tensor
-    """int64 [N, P + R], 1 at real tokens."""
-    position_ids: Tensor
-    """int64 [N, P + R]."""
-    lengths: Tensor
-    prompt_width: int
-    """P, columns of the longest prompt."""
-
-    @property
-    def model_inputs(self) -> dict[str, Tensor]:
-        """As in `Batch`."""
         return {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
             "position_ids": self.position_ids,
         }
+
+    @property
+    @abstractmethod
+    def labels(self) -> Tensor:
+        """int64 [T], the tokens of all responses, laid end to end."""
+
+    @abstractmethod
+    def predictors(self, hidden: Tensor) -> Tensor:
+        """Of hidden states [rows, columns, D] the ones [T, D] that predict the labels."""
+
+    @abstractmethod
+    def last_tokens(self, hidden: Tensor) -> Tensor:
+        """Of hidden states [rows, columns, D] the ones [N, D] at each response's last token."""
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedBatch(Batch):
+    """A row for each response, prompts padded on the left and responses on the right.
+
+    All responses start in the same column. The mask is int64 [N, P + R], 1 at real tokens.
+    """
+
+    prompt_width: int
+    """P, columns of the longest prompt."""
 
     @property
     def labels(self) -> Tensor:
@@ -101,31 +95,18 @@ class PaddedBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class SharedPrompts:
-    """B groups of N responses in all, a row each, padded on the right."""
+class SharedPrompts(Batch):
+    """A row for each group, padded on the right; every response goes on where the prompt ended.
 
-    input_ids: Tensor
-    """int64 [B, L]."""
-    attention_mask: Tensor
-    """Boolean [B, 1, L, L]: which tokens a token sees."""
-    position_ids: Tensor
-    """int64 [B, L]; every response goes on where its prompt ended."""
-    lengths: Tensor
-    predictor_index: Tensor
-    """int64 [T], where in the flattened rows the token before each response token is."""
-    last_index: Tensor
-    """int64 [N], where in the flattened rows each response ends."""
+    The mask is boolean [B, 1, L, L]: which tokens a token sees. Indices are into flattened rows.
+    """
+
     label_index: Tensor
-    """int64 [T], where in the flattened rows the response tokens are."""
-
-    @property
-    def model_inputs(self) -> dict[str, Tensor]:
-        """As in `Batch`."""
-        return {
-            "input_ids": self.input_ids,
-            "attention_mask": self.attention_mask,
-            "position_ids": self.position_ids,
-        }
+    """int64 [T], where the response tokens are."""
+    predictor_index: Tensor
+    """int64 [T], where the token before each response token is."""
+    last_index: Tensor
+    """int64 [N], where each response ends."""
 
     @property
     def labels(self) -> Tensor:
@@ -169,23 +150,23 @@ def share_prompts(items: Sequence[Item], *, pad_id: int, device: torch.device) -
     ids, positions = np.full(shape, pad_id, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     # Padding is a segment of its own: nobody sees it, and it sees itself.
     segments = np.full(shape, -1, dtype=np.int64)
-    labels: list[np.ndarray] = []
-    predictors: list[np.ndarray] = []
+    labels: list[NDArray[np.int64]] = []
+    predictors: list[NDArray[np.int64]] = []
     for row, item in enumerate(items):
-        P, start = len(item.prompt_ids), len(item.prompt_ids)
-        ids[row, :P], positions[row, :P], segments[row, :P] = item.prompt_ids, np.arange(P), 0
-        for segment, response in enumerate(item.responses, start=1):
-            end = start + len(response)
-            ids[row, start:end] = response.ids
-            positions[row, start:end] = np.arange(P, P + len(response))
-            segments[row, start:end] = segment
-            columns = row * shape[1] + np.arange(start, end)
-            labels.append(columns)
-            # The first token of a response is predicted by the last of the prompt.
-            predictors.append(np.concatenate([[row * shape[1] + P - 1], columns[:-1]]))
-            start = end
+        P, width, first = len(item.prompt_ids), widths[row], row * shape[1]
+        lengths = [len(response) for response in item.responses]
+        starts = np.cumsum([P, *lengths])
+        ids[row, :width] = np.concatenate([item.prompt_ids, *(r.ids for r in item.responses)])
+        positions[row, :width] = np.concatenate(
+            [np.arange(P), *(np.arange(P, P + length) for length in lengths)]
+        )
+        segments[row, :width] = np.repeat(np.arange(1 + len(lengths)), [P, *lengths])
+        columns = [first + np.arange(*ends) for ends in itertools.pairwise(starts)]
+        labels += columns
+        # The first token of a response is predicted by the last of the prompt.
+        predictors += [np.append(first + P - 1, response[:-1]) for response in columns]
 
-    def on_device(array: np.ndarray) -> Tensor:
+    def on_device(array: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(device)
 
     return SharedPrompts(
@@ -193,9 +174,9 @@ def share_prompts(items: Sequence[Item], *, pad_id: int, device: torch.device) -
         attention_mask=_visible(on_device(segments)),
         position_ids=on_device(positions),
         lengths=on_device(np.array([len(columns) for columns in labels])),
+        label_index=on_device(np.concatenate(labels)),
         predictor_index=on_device(np.concatenate(predictors)),
         last_index=on_device(np.array([columns[-1] for columns in labels])),
-        label_index=on_device(np.concatenate(labels)),
     )
 
 
