@@ -6,7 +6,7 @@ STUDENT := models/SmolLM2-135M-Instruct
 RUST := $(shell find rust Cargo.toml Cargo.lock -name target -prune -o -type f -print)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-python test-rust lint format wheel mutants gpu-suite gpu-bundle clean
+.PHONY: help demo test test-python test-rust lint format wheel corpus mutants gpu-suite gpu-bundle clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,10 @@ format: $(VENV)/built ## rewrite the code in the project's format
 wheel: $(VENV)/built ## wheel and sdist in dist/
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
+
+corpus: $(VENV)/built $(STUDENT) ## ids of four real tokenizers against the published package (fetches 240 MB)
+	$(BIN)/python scripts/fetch_tokenizers.py models/tokenizers
+	$(BIN)/pytest -m corpus
 
 mutants: $(VENV)/built ## plant bugs in the kernels and see the tests catch them (minutes)
 	$(BIN)/python tests/kernels/mutations.py

@@ -7,7 +7,7 @@ thread: their best case, since callers who wait for a lock only add to it. Every
 request and response into what it stores within its time; turns alternate in this process.
 
 Bytes are compared with the JSONL file of the same rows, all metadata included. A cache trains its
-compression dictionary on its first 5000 rows; both figures, before and after, are given.
+compression dictionary on its first 1000 rows; both figures, before and after, are given.
 
 The text is data/quickstart.jsonl, varied: sentences of its responses in a new order, with half of
 the words replaced by others of the corpus, so that no dictionary can hold the sentences. With the
@@ -44,6 +44,7 @@ Rows = list[tuple[TeacherRequest, TeacherResponse]]
 
 NUM_CALLERS = 64
 TEXT_BYTES = 2300
+NUM_TRAINING_ROWS = 1000
 RATE_GOAL, SIZE_GOAL = 10.0, 0.45
 SEED = 0
 CORPUS = Path(__file__).parent.parent / "data" / "quickstart.jsonl"
@@ -228,7 +229,7 @@ def measure_rates(folder: Path, rows: Rows, repeats: int) -> dict[str, list[floa
 def measure_sizes(folder: Path, rows: Rows) -> dict[str, float]:
     """Bytes of a closed cache over those of the JSONL file, of the first and of all later rows."""
     path = folder / "sizes.cache"
-    first, later = rows[:5000], rows[5000:]
+    first, later = rows[:NUM_TRAINING_ROWS], rows[NUM_TRAINING_ROWS:]
     with TeacherCache.open(path) as cache:
         cache.put_many(first)
     before = path.stat().st_size
@@ -301,7 +302,8 @@ def main() -> None:
         print(f"{pair:32} x{ratio['median']:.1f} ({spread}{goal})")
     print(
         f"size / JSONL: {sizes['all']:.3f} of {sizes['num_rows']} rows (goal <= {SIZE_GOAL}); "
-        f"first 5000 {sizes['without_dictionary']:.3f}, then {sizes['with_dictionary']:.3f}"
+        f"first {NUM_TRAINING_ROWS} {sizes['without_dictionary']:.3f}, "
+        f"then {sizes['with_dictionary']:.3f}"
     )
     if arguments.output:
         record = {

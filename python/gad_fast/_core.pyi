@@ -17,6 +17,7 @@ __all__ = [
     "CacheCorruptError",
     "CacheError",
     "CacheLockedError",
+    "DecodeStream",
     "Mailbox",
     "RolloutBatch",
     "RolloutBuffer",
@@ -94,6 +95,21 @@ class Tokenizer:
         Raises:
             TokenizerError: a text holds a lone surrogate, or a word that the tokenizer has no token
                 for.
+            KeyboardInterrupt: ctrl-c during a long batch; the text at hand is finished first.
+        """
+
+    def encode_utf8(
+        self, data: NDArray[np.uint8], offsets: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """`encode_batch` of texts that lie end to end, as in a string array of Arrow.
+
+        Args:
+            data: the UTF-8 of all texts; copied as a whole, since another thread may write to it.
+            offsets: text `i` is `data[offsets[i] : offsets[i + 1]]`.
+
+        Raises:
+            TokenizerError: a text is no UTF-8, or holds a word that the tokenizer has no token for.
+            ValueError: the offsets do not cut the data.
         """
 
     def decode_batch(
@@ -111,6 +127,43 @@ class Tokenizer:
             ValueError: an id is negative, or the offsets do not cut the ids into consecutive
                 sequences.
         """
+
+    def decode_stream(self, stop: Sequence[str] = (), *, skip_special_tokens: bool) -> DecodeStream:
+        """A stream that decodes one sequence while it is being sampled.
+
+        Args:
+            stop: strings that end the text, wherever tokens cut them. The first is the one that
+                ends first.
+            skip_special_tokens: whether special tokens are no part of the text.
+
+        Raises:
+            ValueError: a stop string is empty.
+        """
+
+@final
+class DecodeStream:
+    """The text of one sequence while it grows: made by `Tokenizer.decode_stream`.
+
+    The pieces that it gives make up the text of `decode_batch`, cut before the first stop string.
+    """
+
+    def push(self, id: int) -> str:
+        """The text that is final with this id: "" within a character, or in what may be a stop.
+
+        An id that stands for no token is passed over, and so is one after the end.
+
+        Raises:
+            TokenizerError: the decoder refuses the sequence.
+            ValueError: the id is negative.
+            OverflowError: the id does not fit 32 bits.
+        """
+
+    def finish(self) -> str:
+        """The rest of the text, of a sequence that ends here."""
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop string came; it is no part of the text, nor is what follows it."""
 
 def plan_micro_batches(
     rows: NDArray[np.int64],
@@ -136,10 +189,13 @@ def plan_micro_batches(
         ValueError: a number is negative, the shapes differ, or `token_budget` is less than 1.
     """
 
-_CacheRequest = tuple[str, str, str, int]
+_CacheRequest = tuple[str, object, object, int]
+"""Teacher, messages, sampling, sample index."""
+
+_CachedRequest = tuple[str, str, str, int]
 """Teacher, messages as JSON, sampling as JSON, sample index."""
 
-_CacheResponse = tuple[str, str | None, int | None, int | None, float | None, float, list[str]]
+_CacheResponse = tuple[str, str | None, int | None, int | None, float | None, float, Sequence[str]]
 """Text, finish reason, prompt tokens, response tokens, cost, created, flags."""
 
 class CacheError(Exception):
@@ -241,7 +297,7 @@ class Cache:
             CacheError: it cannot be read.
         """
 
-    def rows_after(self, id: int, limit: int) -> list[tuple[int, _CacheRequest, _CacheResponse]]:
+    def rows_after(self, id: int, limit: int) -> list[tuple[int, _CachedRequest, _CacheResponse]]:
         """At most `limit` rows after the one with `id`, in the order in which they were stored.
 
         Raises:
@@ -297,10 +353,10 @@ class RolloutBuffer:
         cls,
         group_size: int,
         *,
-        streams: Sequence[str] = ("logprobs",),
+        streams: Sequence[str] = ...,
         max_staleness: int | None = None,
     ) -> RolloutBuffer:
-        """An empty buffer.
+        """An empty buffer; its only stream is "logprobs" unless others are named.
 
         Raises:
             ValueError: `group_size` or `max_staleness` is too small, or a stream is named twice.

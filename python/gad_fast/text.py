@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
+import pyarrow
+from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
 from gad_fast import _core
@@ -18,6 +20,27 @@ from gad_fast.errors import DataError, ModelError
 from gad_fast.records import Ids, Message, Response, TokenBatch
 
 _MARKER = "GAD-FAST-ANSWER"
+
+
+@runtime_checkable
+class ArrowArray(Protocol):
+    """One array of Arrow, of whatever library."""
+
+    def __arrow_c_array__(self, requested_schema: Any = None) -> Any:
+        """The array in the C data interface."""
+        ...
+
+
+@runtime_checkable
+class ArrowStream(Protocol):
+    """A column of Arrow in chunks, of whatever library."""
+
+    def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
+        """The chunks in the C data interface."""
+        ...
+
+
+ArrowStrings: TypeAlias = ArrowArray | ArrowStream
 
 
 class TextCodec:
@@ -68,13 +91,20 @@ class TextCodec:
         """Number of different tokens, special ones included."""
         return len(self.tokenizer)
 
-    def encode_batch(self, texts: Sequence[str]) -> TokenBatch:
+    def encode_batch(self, texts: Sequence[str] | ArrowStrings) -> TokenBatch:
         """Token ids of texts; special tokens in a text are recognised, none are added.
 
+        Args:
+            texts: strings, or a column of them in Arrow's form, from pyarrow, polars or any other
+                library with its PyCapsule interface; a column makes no Python strings.
+
         Raises:
-            DataError: a text has a word without a token, or is no valid Unicode.
+            DataError: a text has a word without a token, is no valid Unicode, or is null in its
+                column.
         """
         try:
+            if isinstance(texts, ArrowArray | ArrowStream):
+                return TokenBatch(*self._core.encode_utf8(*_utf8_of(texts)))
             return TokenBatch(*self._core.encode_batch(texts))
         except _core.TokenizerError as error:
             raise DataError(f"cannot tokenize: {error}") from error
@@ -104,6 +134,14 @@ class TextCodec:
         batch = batch if isinstance(batch, TokenBatch) else TokenBatch.of(list(batch))
         return self._core.decode_batch(batch.ids, batch.offsets, skip_special_tokens=True)
 
+    def decode_stream(self, stop: Sequence[str] = ()) -> _core.DecodeStream:
+        """Decodes one response while it is sampled, without special tokens.
+
+        Args:
+            stop: strings that end the text; none may be empty.
+        """
+        return self._core.decode_stream(stop, skip_special_tokens=True)
+
     def decode_responses(self, responses: Sequence[Response]) -> list[str]:
         """Texts of responses, without special tokens."""
         return self.decode_batch([response.ids for response in responses])
@@ -123,6 +161,37 @@ class TextCodec:
             raise DataError(
                 f"the chat template refuses the messages {list(chat)!r:.200}: {_first_line(error)}"
             ) from error
+
+
+def _utf8_of(texts: ArrowStrings) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The bytes of all texts of an Arrow column, and where each starts."""
+    is_stream = isinstance(texts, ArrowStream)
+    column: Any = pyarrow.chunked_array(texts) if is_stream else pyarrow.array(texts)
+    if not _is_text(column.type):
+        raise DataError(
+            f"texts must be strings, got a column of type {column.type} (choose another column)"
+        )
+    if column.null_count:
+        raise DataError(
+            f"a null is no text, and the column has {column.null_count} in {len(column)} rows "
+            f"(drop them, or fill them with empty strings)"
+        )
+    array = column.cast(pyarrow.large_string())
+    array = array.combine_chunks() if is_stream else array
+    _, offset_buffer, data_buffer = array.buffers()
+    if len(array) == 0:
+        return np.empty(0, dtype=np.uint8), np.zeros(1, dtype=np.int64)
+    offsets = np.frombuffer(offset_buffer, dtype=np.int64)
+    offsets = offsets[array.offset : array.offset + len(array) + 1]
+    data = np.frombuffer(data_buffer or b"", dtype=np.uint8)
+    return data[offsets[0] : offsets[-1]], offsets - offsets[0]
+
+
+def _is_text(type_: Any) -> bool:
+    if pyarrow.types.is_dictionary(type_):
+        return _is_text(type_.value_type)
+    checks = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
+    return any(check(type_) for check in checks)
 
 
 def _core_tokenizer(tokenizer: Any, source: str) -> _core.Tokenizer:

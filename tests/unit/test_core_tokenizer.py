@@ -92,6 +92,21 @@ def pieces(folder: Path) -> Path:
     return saved(tokenizer, folder)
 
 
+def word_pieces(folder: Path) -> Path:
+    """In the manner of BERT: lower case, no accents, words in pieces."""
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.train_from_iterator(
+        SENTENCES,
+        trainers.WordPieceTrainer(
+            vocab_size=150, special_tokens=["[UNK]", END], show_progress=False
+        ),
+    )
+    return saved(tokenizer, folder)
+
+
 def saved(tokenizer: tokenizers.Tokenizer, folder: Path) -> Path:
     path = folder / "tokenizer.json"
     tokenizer.save(str(path))
@@ -106,6 +121,7 @@ TOKENIZERS = {
     ),
     "word_level": words,
     "unigram": pieces,
+    "word_piece": word_pieces,
 }
 
 
@@ -301,3 +317,32 @@ assert os.waitpid(child, 0)[1] == 0
     subprocess.run(
         [sys.executable, "-c", script, str(full_path)], check=True, timeout=20, env=environment
     )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signal reaches another process there")
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_ctrl_c_ends_a_long_batch(full_path: Path, num_threads: int) -> None:
+    # The timer stands for the key: it sends SIGINT to this process in the midst of the batch.
+    script = """
+import signal, sys, time
+from gad_fast import _core
+tokenizer = _core.Tokenizer.from_file(sys.argv[1])
+texts = ["The quick brown fox, and the dog doesn't mind. " * 20_000] * 500
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+signal.setitimer(signal.ITIMER_REAL, 0.1)
+try:
+    tokenizer.encode_batch(texts)
+except KeyboardInterrupt:
+    print("interrupted")
+assert len(tokenizer.encode_batch(texts[:1])[1]) == 2
+"""
+    environment = os.environ | {"GAD_FAST_NUM_THREADS": str(num_threads)}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(full_path)],
+        check=True,
+        timeout=20,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "interrupted\n"

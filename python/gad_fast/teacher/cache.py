@@ -51,7 +51,7 @@ class CacheInfo:
     teachers: list[str]
     """Names of the teachers, sorted."""
     has_dictionary: bool
-    """Whether a compression dictionary was trained, which takes 5000 rows."""
+    """Whether a compression dictionary was trained, which takes 1000 rows."""
     num_bytes: int
     """Bytes on disk, the write-ahead log included."""
 
@@ -141,9 +141,7 @@ class TeacherCache:
         if desk is None:
             desk = self._desks[loop] = _Desk(self._core, loop)
         with _TRANSLATED:
-            future = desk.put(request, response)
-        with _TRANSLATED:
-            return await future
+            return await desk.put(request, response)
 
     def get(self, request: TeacherRequest) -> TeacherResponse | None:
         """The response to a request, or None.

@@ -13,10 +13,7 @@ from gad_fast.errors import CacheError
 from gad_fast.records import Message
 
 CoreRequest = tuple[str, str, str, int]
-CoreResponse = tuple[str, str | None, int | None, int | None, float | None, float, list[str]]
-
-# `allow_nan` off: NaN is no JSON, and no two of them are equal.
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+CoreResponse = tuple[str, str | None, int | None, int | None, float | None, float, Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,20 +78,9 @@ class CachedResponse:
     """What came."""
 
 
-def to_core_request(request: TeacherRequest) -> CoreRequest:
-    """The request as the core takes it.
-
-    Raises:
-        CacheError: a part of the request is no JSON.
-    """
-    try:
-        messages, sampling = _encode(request.messages), _encode(request.sampling)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise CacheError(
-            f"messages and sampling must be JSON: {error} (pass lists, dicts, texts and finite "
-            f"numbers)"
-        ) from error
-    return request.teacher, messages, sampling, request.sample_index
+def to_core_request(request: TeacherRequest) -> tuple[str, object, object, int]:
+    """The request as the core takes it."""
+    return request.teacher, request.messages, request.sampling, request.sample_index
 
 
 def to_core_response(response: TeacherResponse) -> CoreResponse:
@@ -106,7 +92,7 @@ def to_core_response(response: TeacherResponse) -> CoreResponse:
         response.num_response_tokens,
         response.cost,
         response.created,
-        list(response.flags),
+        response.flags,
     )
 
 

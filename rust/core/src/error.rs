@@ -424,6 +424,28 @@ pub enum Error {
         /// The process that may write.
         opened_by: u32,
     },
+
+    /// A stop string that every text holds.
+    #[error("stop strings must not be empty, got an empty one at {stop_index} (leave it out)")]
+    StopEmpty {
+        /// Where it stands among the stop strings.
+        stop_index: usize,
+    },
+
+    /// Bytes that are to be a text and are none.
+    #[error(
+        "text {text_index} is no UTF-8 from its byte {position} on (read the column as text, or decode its bytes first)"
+    )]
+    TextNotUtf8 {
+        /// Position of the text in its batch.
+        text_index: usize,
+        /// Number of bytes in front that are UTF-8.
+        position: usize,
+    },
+
+    /// The caller said that the work should not go on.
+    #[error("interrupted, the batch is not complete (call again)")]
+    Interrupted,
 }
 
 fn name_writer(process_id: Option<u32>) -> String {

@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use gad_fast_core::tokenize::{Encoder, HuggingFaceEncoder, TextCodec, TokenBatch};
+use gad_fast_core::tokenize::{Encoder, HuggingFaceEncoder, TextCodec, TokenBatch, split_texts};
 use gad_fast_core::{EncoderError, Error};
 use serde_json::{Value, json};
 
@@ -314,4 +314,43 @@ fn an_error_names_the_sequence_that_cannot_be_decoded() {
         error.to_string(),
         "sequence 0 cannot be decoded: nothing to say"
     );
+}
+
+#[test]
+fn texts_laid_end_to_end_are_cut_without_a_copy() {
+    let data = "the caf\u{e9}";
+    let texts = split_texts(data.as_bytes(), &[0, 3, 3, 9]).unwrap();
+    assert_eq!(texts, ["the", "", " caf\u{e9}"]);
+    assert_eq!(texts[0].as_ptr(), data.as_ptr());
+    assert!(split_texts(b"", &[0]).unwrap().is_empty());
+}
+
+#[test]
+fn bytes_that_are_no_text_are_an_error() {
+    let data = "the caf\u{e9}";
+    let error = split_texts(data.as_bytes(), &[0, 3, 8, 9]).unwrap_err();
+    let expected = "text 1 is no UTF-8 from its byte 4 on";
+    assert!(error.to_string().starts_with(expected), "{error}");
+    for offsets in [
+        vec![],
+        vec![0, 8],
+        vec![0, 5, 4, 9],
+        vec![0, i64::MAX],
+        vec![-1, 9],
+    ] {
+        let error = split_texts(data.as_bytes(), &offsets).unwrap_err();
+        assert!(error.to_string().starts_with("offsets"), "{error}");
+    }
+}
+
+#[test]
+fn a_batch_ends_between_two_texts_when_the_caller_says_so() {
+    let long = "the cat sat ".repeat(100);
+    let texts = vec![&*long; 200_000];
+    for num_threads in [1, 3] {
+        let error = codec(&word_level(), num_threads)
+            .encode_batch_while(&texts, || false)
+            .unwrap_err();
+        assert!(matches!(error, Error::Interrupted), "{error}");
+    }
 }

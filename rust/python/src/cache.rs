@@ -6,43 +6,19 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use gad_fast_core::Result;
-use gad_fast_core::cache::{
-    self, Compression, Key, Receipt, Request, Response, StoredEntry, TeacherCache,
-};
+use gad_fast_core::cache::{self, Compression, Key, Receipt, Request, Response, TeacherCache};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::pybacked::PyBackedStr;
 
+use crate::cache_row::{
+    RequestFields, RequestParts, ResponseParts, from_entry, from_response, to_request, to_response,
+};
 use crate::errors::to_python;
 use crate::mailbox::Mailbox;
 
 /// How often a waiting call looks whether Ctrl-C was pressed.
 const SIGNAL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Teacher, messages and sampling as JSON, sample index.
-type RequestFields = (PyBackedStr, PyBackedStr, PyBackedStr, u32);
-
-/// Text, finish reason, prompt tokens, response tokens, cost, created, flags.
-type ResponseFields = (
-    PyBackedStr,
-    Option<String>,
-    Option<i64>,
-    Option<i64>,
-    Option<f64>,
-    f64,
-    Vec<String>,
-);
-
-type RequestParts = (String, String, String, u32);
-type ResponseParts = (
-    String,
-    Option<String>,
-    Option<i64>,
-    Option<i64>,
-    Option<f64>,
-    f64,
-    Vec<String>,
-);
 type InfoParts = (i32, u64, u64, Vec<String>, bool, u64);
 
 /// Responses of teachers, in one `SQLite` file.
@@ -76,8 +52,8 @@ impl Cache {
     fn put(
         &self,
         py: Python<'_>,
-        request: RequestFields,
-        response: ResponseFields,
+        request: RequestFields<'_>,
+        response: ResponseParts,
     ) -> PyResult<bool> {
         let outcomes = self.put_many(py, vec![(request, response)])?;
         Ok(outcomes.first().copied().unwrap_or_default())
@@ -86,9 +62,13 @@ impl Cache {
     fn put_many(
         &self,
         py: Python<'_>,
-        rows: Vec<(RequestFields, ResponseFields)>,
+        rows: Vec<(RequestFields<'_>, ResponseParts)>,
     ) -> PyResult<Vec<bool>> {
         let num_rows = rows.len();
+        let rows = rows
+            .into_iter()
+            .map(|(request, response)| Ok((to_request(&request)?, to_response(response))))
+            .collect::<PyResult<Vec<_>>>()?;
         let (mut outcomes, mut receiver) = py.detach(|| self.queue(rows)).map_err(to_python)?;
         while outcomes.len() < num_rows {
             match py.detach(|| receive(&mut receiver, num_rows, &mut outcomes)) {
@@ -107,18 +87,17 @@ impl Cache {
     fn put_soon(
         &self,
         py: Python<'_>,
-        request: RequestFields,
-        response: ResponseFields,
+        request: RequestFields<'_>,
+        response: ResponseParts,
         mailbox: &Bound<'_, Mailbox>,
         token: u64,
     ) -> PyResult<()> {
+        let (request, response) = (to_request(&request)?, to_response(response));
         let letter = mailbox.get().letter(token);
-        py.detach(|| {
-            let (request, response) = to_row(&request, response)?;
-            let receipt = Box::new(move |outcome| letter.send(outcome));
-            self.cache.put(&request, &response, receipt)
-        })
-        .map_err(to_python)
+        let receipt = Box::new(move |outcome| letter.send(outcome));
+        // It waits where the queue is full.
+        py.detach(|| self.cache.put_soon(request, response, receipt))
+            .map_err(to_python)
     }
 
     /// The outcomes that came to `mailbox` since the last call: a bool, or an exception.
@@ -140,15 +119,15 @@ impl Cache {
             .collect()
     }
 
-    fn get(&self, py: Python<'_>, request: RequestFields) -> PyResult<Option<ResponseParts>> {
-        let response = py
-            .detach(|| self.cache.get(&to_request(&request)?))
-            .map_err(to_python)?;
+    fn get(&self, py: Python<'_>, request: RequestFields<'_>) -> PyResult<Option<ResponseParts>> {
+        let request = to_request(&request)?;
+        let response = py.detach(|| self.cache.get(&request)).map_err(to_python)?;
         Ok(response.map(from_response))
     }
 
-    fn contains(&self, py: Python<'_>, request: RequestFields) -> PyResult<bool> {
-        py.detach(|| self.cache.contains(&to_request(&request)?))
+    fn contains(&self, py: Python<'_>, request: RequestFields<'_>) -> PyResult<bool> {
+        let request = to_request(&request)?;
+        py.detach(|| self.cache.contains(&request))
             .map_err(to_python)
     }
 
@@ -224,22 +203,19 @@ impl Cache {
     )]
     fn queue(
         &self,
-        rows: Vec<(RequestFields, ResponseFields)>,
+        rows: Vec<(Request, Response)>,
     ) -> Result<(Vec<Result<bool>>, Receiver<Result<bool>>)> {
-        let rows = rows
-            .into_iter()
-            .map(|(request, response)| to_row(&request, response))
-            .collect::<Result<Vec<_>>>()?;
+        let num_rows = rows.len();
         let (sender, mut receiver) = channel();
-        for (request, response) in &rows {
+        for (request, response) in rows {
             let sender = sender.clone();
             let receipt: Receipt = Box::new(move |outcome| drop(sender.send(outcome)));
             self.cache.put(request, response, receipt)?;
         }
         drop(sender);
-        let mut outcomes = Vec::with_capacity(rows.len());
+        let mut outcomes = Vec::with_capacity(num_rows);
         // The common case needs no second release of the interpreter.
-        let _ = receive(&mut receiver, rows.len(), &mut outcomes);
+        let _ = receive(&mut receiver, num_rows, &mut outcomes);
         Ok((outcomes, receiver))
     }
 }
@@ -269,9 +245,8 @@ fn receive(
 
 /// The key of a request, in hexadecimal.
 #[pyfunction]
-pub(crate) fn cache_key(request: RequestFields) -> PyResult<String> {
-    let request = to_request(&request).map_err(to_python)?;
-    Ok(Key::of(&request).to_string())
+pub(crate) fn cache_key(request: RequestFields<'_>) -> PyResult<String> {
+    Ok(Key::of(&to_request(&request)?).to_string())
 }
 
 #[pyfunction]
@@ -282,46 +257,4 @@ pub(crate) fn cache_before_fork(py: Python<'_>) {
 #[pyfunction]
 pub(crate) fn cache_after_fork() {
     cache::after_fork();
-}
-
-fn to_request((teacher, messages, sampling, sample_index): &RequestFields) -> Result<Request> {
-    Request::new(teacher, messages, sampling, *sample_index)
-}
-
-fn to_row(request: &RequestFields, response: ResponseFields) -> Result<(Request, Response)> {
-    let (text, finish_reason, num_prompt_tokens, num_response_tokens, cost, created, flags) =
-        response;
-    let response = Response {
-        text: text.to_string(),
-        finish_reason,
-        num_prompt_tokens,
-        num_response_tokens,
-        cost,
-        created,
-        flags,
-    };
-    Ok((to_request(request)?, response))
-}
-
-fn from_entry(entry: StoredEntry) -> (i64, RequestParts, ResponseParts) {
-    let request = &entry.request;
-    let request = (
-        request.teacher().to_owned(),
-        request.messages().to_owned(),
-        request.sampling().to_owned(),
-        request.sample_index(),
-    );
-    (entry.id, request, from_response(entry.response))
-}
-
-fn from_response(response: Response) -> ResponseParts {
-    (
-        response.text,
-        response.finish_reason,
-        response.num_prompt_tokens,
-        response.num_response_tokens,
-        response.cost,
-        response.created,
-        response.flags,
-    )
 }

@@ -42,11 +42,13 @@ pub(crate) fn to_python(error: Error) -> PyErr {
         Error::TokenizerUnreadable { ref source, .. } => {
             io::Error::new(source.kind(), error.to_string()).into()
         }
-        Error::TokenizerNotUnderstood { .. } | Error::Encode { .. } | Error::Decode { .. } => {
-            TokenizerError::new_err(error.to_string())
-        }
+        Error::TokenizerNotUnderstood { .. }
+        | Error::Encode { .. }
+        | Error::Decode { .. }
+        | Error::TextNotUtf8 { .. } => TokenizerError::new_err(error.to_string()),
         Error::IdNegative { .. }
         | Error::OffsetsEmpty
+        | Error::StopEmpty { .. }
         | Error::OffsetsMalformed { .. }
         | Error::TokenBudgetTooSmall { .. }
         | Error::TooSmall { .. }

@@ -14,10 +14,13 @@ mod arrays;
 mod batch;
 mod buffer;
 mod cache;
+mod cache_row;
 mod errors;
+mod json;
 mod mailbox;
 mod packing;
 mod rollout;
+mod stream;
 mod tokenizer;
 
 use pyo3::prelude::*;
@@ -45,6 +48,8 @@ mod _core {
     use crate::packing::{balance, group_layout, pack_groups, pack_sequences, same_count};
     #[pymodule_export]
     use crate::rollout::plan_micro_batches;
+    #[pymodule_export]
+    use crate::stream::DecodeStream;
     #[pymodule_export]
     use crate::tokenizer::Tokenizer;
 }

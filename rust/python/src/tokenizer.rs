@@ -2,12 +2,15 @@
 
 use std::path::PathBuf;
 
-use gad_fast_core::tokenize::{TextCodec, TokenBatch};
+use gad_fast_core::Result;
+use gad_fast_core::tokenize::{TextCodec, TokenBatch, split_texts};
 use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 
+use crate::arrays::copied;
 use crate::errors::{TokenizerError, to_python};
+use crate::stream::DecodeStream;
 
 /// Packed ids and their offsets, as numpy arrays.
 type PackedIds<'py> = (Bound<'py, PyArray1<i32>>, Bound<'py, PyArray1<i64>>);
@@ -51,10 +54,18 @@ impl Tokenizer {
         texts: Vec<Bound<'py, PyString>>,
     ) -> PyResult<PackedIds<'py>> {
         let texts = borrow_all(&texts)?;
-        let TokenBatch { ids, offsets } = py
-            .detach(|| self.codec.encode_batch(&texts))
-            .map_err(to_python)?;
-        Ok((ids.into_pyarray(py), offsets.into_pyarray(py)))
+        self.encode(py, || Ok(texts))
+    }
+
+    fn encode_utf8<'py>(
+        &self,
+        py: Python<'py>,
+        data: PyReadonlyArray1<'_, u8>,
+        offsets: PyReadonlyArray1<'_, i64>,
+    ) -> PyResult<PackedIds<'py>> {
+        let data = copied("data", &data)?;
+        let offsets = copied("offsets", &offsets)?;
+        self.encode(py, || split_texts(&data, &offsets))
     }
 
     #[pyo3(signature = (ids, offsets, *, skip_special_tokens))]
@@ -65,11 +76,45 @@ impl Tokenizer {
         offsets: PyReadonlyArray1<'_, i64>,
         skip_special_tokens: bool,
     ) -> PyResult<Vec<String>> {
-        // Copied, because another thread may write to the arrays once the interpreter is released.
-        let ids = ids.as_array().to_vec();
-        let offsets = offsets.as_array().to_vec();
+        let ids = copied("ids", &ids)?;
+        let offsets = copied("offsets", &offsets)?;
         py.detach(|| self.codec.decode_batch(&ids, &offsets, skip_special_tokens))
             .map_err(to_python)
+    }
+
+    #[pyo3(
+        signature = (stop = Vec::new(), *, skip_special_tokens),
+        text_signature = "($self, stop=(), *, skip_special_tokens)"
+    )]
+    fn decode_stream(
+        &self,
+        stop: Vec<String>,
+        skip_special_tokens: bool,
+    ) -> PyResult<DecodeStream> {
+        let stream = self.codec.decode_stream(stop, skip_special_tokens);
+        Ok(DecodeStream::new(stream.map_err(to_python)?))
+    }
+}
+
+impl Tokenizer {
+    /// Encodes texts with the interpreter released, except to see to signals.
+    fn encode<'a, 'py>(
+        &self,
+        py: Python<'py>,
+        texts: impl FnOnce() -> Result<Vec<&'a str>> + Send,
+    ) -> PyResult<PackedIds<'py>> {
+        let mut signal = None;
+        let batch = py.detach(|| {
+            self.codec.encode_batch_while(&texts()?, || {
+                signal = Python::attach(|py| py.check_signals().err());
+                signal.is_none()
+            })
+        });
+        if let Some(error) = signal {
+            return Err(error);
+        }
+        let TokenBatch { ids, offsets } = batch.map_err(to_python)?;
+        Ok((ids.into_pyarray(py), offsets.into_pyarray(py)))
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use rusqlite::types::{ToSqlOutput, ValueRef};
-use rusqlite::{Connection, OptionalExtension, ToSql, params};
+use rusqlite::{Connection, ToSql, params};
 
 use super::compression::{Packed, Packer};
 use super::entry::{Request, Response};
@@ -29,25 +29,25 @@ pub(super) struct PackedEntry {
 }
 
 impl PackedEntry {
-    /// Hashes and compresses on the thread of the caller, so that the one writer only writes.
-    pub(super) fn new(packer: &Packer, request: &Request, response: &Response) -> Self {
-        let key = Key::of(request);
+    /// Hashes and compresses: to be called on another thread than the one that writes.
+    pub(super) fn new(packer: &Packer, request: Request, response: Response) -> Self {
+        let key = Key::of(&request);
         let flags = &response.flags;
         Self {
             key,
-            teacher: request.teacher.clone(),
-            sampling: request.sampling.clone(),
             sample_index: request.sample_index,
             prompt_hash: prompt_hash(&request.messages),
             prompt: packer.pack(&request.messages),
-            finish_reason: response.finish_reason.clone(),
+            teacher: request.teacher,
+            sampling: request.sampling,
             num_prompt_tokens: response.num_prompt_tokens,
             num_response_tokens: response.num_response_tokens,
             cost: response.cost,
             created: response.created,
             flags: (!flags.is_empty()).then(|| serde_json::json!(flags).to_string()),
-            content_hash: content_hash(&key, response),
+            content_hash: content_hash(&key, &response),
             text: packer.pack(&response.text),
+            finish_reason: response.finish_reason,
         }
     }
 }
@@ -62,11 +62,16 @@ impl ToSql for Packed {
     }
 }
 
+/// Prompts whose ids are kept: several answers to one chat come close together.
+const MAX_KNOWN_PROMPTS: usize = 4096;
+
 /// The connection that writes.
 pub(super) struct Committer {
     connection: Connection,
     /// Ids of what was asked, by sampling within teacher.
     teacher_ids: HashMap<String, HashMap<String, i64>>,
+    /// Ids of the prompts that came last, by hash.
+    prompt_ids: HashMap<[u8; SHORT_HASH_BYTES], i64>,
 }
 
 impl Committer {
@@ -76,6 +81,7 @@ impl Committer {
         Self {
             connection,
             teacher_ids: HashMap::new(),
+            prompt_ids: HashMap::new(),
         }
     }
 
@@ -97,6 +103,7 @@ impl Committer {
         // SQLite rolls back by itself after some errors; then this one has nothing to do.
         drop(self.execute("ROLLBACK"));
         self.teacher_ids.clear();
+        self.prompt_ids.clear();
     }
 
     /// Whether the row is new: of equal requests, the first response stays.
@@ -171,21 +178,35 @@ impl Committer {
         Ok(id)
     }
 
-    fn prompt_id(&self, entry: &PackedEntry) -> rusqlite::Result<i64> {
-        let known = self
-            .connection
-            .prepare_cached("SELECT id FROM prompts WHERE hash = ?1")?
-            .query_row([entry.prompt_hash], |row| row.get(0))
-            .optional()?;
-        if let Some(id) = known {
+    fn prompt_id(&mut self, entry: &PackedEntry) -> rusqlite::Result<i64> {
+        if let Some(&id) = self.prompt_ids.get(&entry.prompt_hash) {
             return Ok(id);
         }
-        self.connection
-            .prepare_cached("INSERT INTO prompts (hash, compression, data) VALUES (?1, ?2, ?3)")?
-            .insert(params![
+        let id = self.insert_prompt(entry)?;
+        if self.prompt_ids.len() == MAX_KNOWN_PROMPTS {
+            self.prompt_ids.clear();
+        }
+        self.prompt_ids.insert(entry.prompt_hash, id);
+        Ok(id)
+    }
+
+    fn insert_prompt(&self, entry: &PackedEntry) -> rusqlite::Result<i64> {
+        // A prompt that is not among the last ones is new, most likely: one search of the index.
+        let num_changed = self
+            .connection
+            .prepare_cached(
+                "INSERT OR IGNORE INTO prompts (hash, compression, data) VALUES (?1, ?2, ?3)",
+            )?
+            .execute(params![
                 entry.prompt_hash,
                 entry.prompt.compression,
                 entry.prompt
-            ])
+            ])?;
+        if num_changed > 0 {
+            return Ok(self.connection.last_insert_rowid());
+        }
+        self.connection
+            .prepare_cached("SELECT id FROM prompts WHERE hash = ?1")?
+            .query_row([entry.prompt_hash], |row| row.get(0))
     }
 }

@@ -23,13 +23,29 @@ impl Request {
     /// `messages` is a JSON array of objects with at least one of them, `sampling` a JSON object; how
     /// they are spelled does not matter.
     pub fn new(teacher: &str, messages: &str, sampling: &str, sample_index: u32) -> Result<Self> {
-        check_length("teacher", teacher)?;
         check_length("messages", messages)?;
         check_length("sampling", sampling)?;
+        let messages = parse("messages", messages)?;
+        let sampling = parse("sampling", sampling)?;
+        Self::from_values(teacher, &messages, &sampling, sample_index)
+    }
+
+    /// As [`new`](Self::new), of JSON that is read already.
+    pub fn from_values(
+        teacher: &str,
+        messages: &Value,
+        sampling: &Value,
+        sample_index: u32,
+    ) -> Result<Self> {
+        let messages = canonical_messages(messages)?;
+        let sampling = canonical_sampling(sampling)?;
+        check_length("teacher", teacher)?;
+        check_length("messages", &messages)?;
+        check_length("sampling", &sampling)?;
         Ok(Self {
             teacher: teacher.to_owned(),
-            messages: canonical_messages(messages)?,
-            sampling: canonical_sampling(sampling)?,
+            messages,
+            sampling,
             sample_index,
         })
     }
@@ -113,11 +129,10 @@ pub struct StoredEntry {
     pub response: Response,
 }
 
-fn canonical_messages(text: &str) -> Result<String> {
-    let value = parse("messages", text)?;
-    match value.as_array() {
+fn canonical_messages(messages: &Value) -> Result<String> {
+    match messages.as_array() {
         Some(turns) if !turns.is_empty() && turns.iter().all(Value::is_object) => {
-            Ok(to_canonical_json(&value))
+            Ok(to_canonical_json(messages))
         }
         _ => Err(invalid(
             "messages",
@@ -126,10 +141,9 @@ fn canonical_messages(text: &str) -> Result<String> {
     }
 }
 
-fn canonical_sampling(text: &str) -> Result<String> {
-    let value = parse("sampling", text)?;
-    if value.is_object() {
-        return Ok(to_canonical_json(&value));
+fn canonical_sampling(sampling: &Value) -> Result<String> {
+    if sampling.is_object() {
+        return Ok(to_canonical_json(sampling));
     }
     Err(invalid("sampling", "it must be an object".to_owned()))
 }

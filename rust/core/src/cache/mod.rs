@@ -1,8 +1,8 @@
 //! Teacher responses on disk: bought once, kept for ever.
 //!
-//! A [`TeacherCache`] is one `SQLite` file. Callers hand rows to the one thread that writes, which commits
-//! groups of them; a row is acknowledged after its COMMIT, so that what was acknowledged survives a kill.
-//! Other processes read at any time.
+//! A [`TeacherCache`] is one `SQLite` file. Callers hand rows to the one thread that writes, those in a
+//! hurry by way of one that packs; it commits groups of them. A row is acknowledged after its COMMIT, so
+//! that what was acknowledged survives a kill. Other processes read at any time.
 //!
 //! The database is only ever opened by `SQLite`, never by [`std::fs::File`]: closing a file drops all POSIX
 //! locks that the process has on it, `SQLite`'s among them.
@@ -10,12 +10,14 @@
 mod canonical;
 mod commit;
 mod compression;
+mod desk;
 mod entry;
 mod failure;
 mod file_system;
 mod fork;
 mod key;
 mod lock;
+mod packing_thread;
 mod reader;
 mod schema;
 mod store;

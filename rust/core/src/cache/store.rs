@@ -11,6 +11,7 @@ use super::file_system::beside;
 use super::fork;
 use super::key::Key;
 use super::lock::WriterLock;
+use super::packing_thread::PackingThread;
 use super::reader::Reader;
 use super::schema::{FORMAT_VERSION, open_for_writing, refuse_others};
 use super::verify::{self, Verification};
@@ -52,9 +53,15 @@ pub struct TeacherCache {
     reader: Reader,
     packer: Arc<Packer>,
     /// None if opened for reading. Forgotten rather than dropped in a forked child, which has no such
-    /// thread.
-    writer: Option<Writer>,
+    /// threads.
+    writing: Option<Writing>,
     process_id: u32,
+}
+
+/// The two threads behind a cache that may be written.
+struct Writing {
+    packing_thread: PackingThread,
+    writer: Arc<Writer>,
 }
 
 impl TeacherCache {
@@ -72,8 +79,13 @@ impl TeacherCache {
             ),
         });
         let committer = Committer::new(connection);
-        let writer = Writer::start(&path, committer, Arc::clone(&packer), lock)?;
-        Ok(Self::new(path, packer, Some(writer)))
+        let writer = Arc::new(Writer::start(&path, committer, Arc::clone(&packer), lock)?);
+        let packing_thread = PackingThread::start(&path, Arc::clone(&packer), &writer)?;
+        let writing = Writing {
+            packing_thread,
+            writer,
+        };
+        Ok(Self::new(path, packer, Some(writing)))
     }
 
     /// Opens the cache at `path` to read, whether or not another process writes to it.
@@ -92,12 +104,12 @@ impl TeacherCache {
         Ok(cache)
     }
 
-    fn new(path: PathBuf, packer: Arc<Packer>, writer: Option<Writer>) -> Self {
+    fn new(path: PathBuf, packer: Arc<Packer>, writing: Option<Writing>) -> Self {
         Self {
             reader: Reader::new(path.clone()),
             path,
             packer,
-            writer,
+            writing,
             process_id: std::process::id(),
         }
     }
@@ -108,21 +120,28 @@ impl TeacherCache {
         &self.path
     }
 
-    /// Queues a row; `receipt` is called once it is on disk, or cannot be.
+    /// Packs and queues a row; `receipt` is called once it is on disk, or cannot be.
     ///
     /// Of equal requests, the first response stays. Waits while a thousand rows are queued. An error here
     /// means that `receipt` was dropped uncalled.
-    pub fn put(&self, request: &Request, response: &Response, receipt: Receipt) -> Result<()> {
-        let writer = self.writer()?;
+    pub fn put(&self, request: Request, response: Response, receipt: Receipt) -> Result<()> {
+        let writing = self.writing()?;
         response.check()?;
         let inside = fork::enter();
         let entry = PackedEntry::new(&self.packer, request, response);
         drop(inside);
-        writer.push(entry, receipt)
+        writing.writer.push(entry, receipt)
+    }
+
+    /// As [`put`](Self::put), but another thread packs.
+    pub fn put_soon(&self, request: Request, response: Response, receipt: Receipt) -> Result<()> {
+        let writing = self.writing()?;
+        response.check()?;
+        writing.packing_thread.push(request, response, receipt)
     }
 
     /// Stores a row and returns after it is on disk: whether it is new.
-    pub fn put_and_wait(&self, request: &Request, response: &Response) -> Result<bool> {
+    pub fn put_and_wait(&self, request: Request, response: Response) -> Result<bool> {
         let (sender, receiver) = std::sync::mpsc::sync_channel(1);
         let receipt = move |outcome| drop(sender.send(outcome));
         self.put(request, response, Box::new(receipt))?;
@@ -132,8 +151,8 @@ impl TeacherCache {
     /// The error for a receipt that was dropped: the writer ended before it wrote.
     #[must_use]
     pub fn lost(&self) -> Error {
-        match &self.writer {
-            Some(writer) => writer.gone(),
+        match &self.writing {
+            Some(writing) => writing.writer.gone(),
             None => self.read_only(),
         }
     }
@@ -208,13 +227,14 @@ impl TeacherCache {
 
     /// Returns after everything queued is on disk; later puts are refused, reading goes on.
     pub fn close(&self) {
-        if let Some(writer) = self.writer.as_ref().filter(|_| self.is_at_home()) {
-            writer.close();
+        if let Some(writing) = self.writing.as_ref().filter(|_| self.is_at_home()) {
+            writing.packing_thread.close();
+            writing.writer.close();
         }
     }
 
-    fn writer(&self) -> Result<&Writer> {
-        let Some(writer) = &self.writer else {
+    fn writing(&self) -> Result<&Writing> {
+        let Some(writing) = &self.writing else {
             return Err(self.read_only());
         };
         if !self.is_at_home() {
@@ -223,7 +243,7 @@ impl TeacherCache {
                 opened_by: self.process_id,
             });
         }
-        Ok(writer)
+        Ok(writing)
     }
 
     fn read_only(&self) -> Error {
@@ -242,7 +262,7 @@ impl Drop for TeacherCache {
         if self.is_at_home() {
             self.close();
         } else {
-            std::mem::forget(self.writer.take());
+            std::mem::forget(self.writing.take());
         }
     }
 }

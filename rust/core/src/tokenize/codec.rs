@@ -1,15 +1,18 @@
 //! Batches of text to packed ids and back.
 
 use std::path::Path;
+use std::sync::Arc;
 
-use super::{Encoder, HuggingFaceEncoder, TokenBatch, workers};
+use super::offsets::split_at_offsets;
+use super::workers::Chunk;
+use super::{DecodeStream, Encoder, HuggingFaceEncoder, TokenBatch, workers};
 use crate::error::{Error, Result};
 
 /// Encodes batches of text to packed ids, on all cores where it pays, and decodes them.
 ///
 /// The result never depends on the number of threads.
 pub struct TextCodec {
-    encoder: Box<dyn Encoder>,
+    encoder: Arc<dyn Encoder>,
     num_threads: usize,
 }
 
@@ -35,7 +38,7 @@ impl TextCodec {
     #[must_use]
     pub fn new(encoder: Box<dyn Encoder>, num_threads: usize) -> Self {
         Self {
-            encoder,
+            encoder: Arc::from(encoder),
             num_threads,
         }
     }
@@ -43,10 +46,23 @@ impl TextCodec {
     /// The ids of each text, without special tokens around it; those that stand in a text are
     /// recognised.
     pub fn encode_batch(&self, texts: &[&str]) -> Result<TokenBatch> {
+        self.encode_batch_while(texts, || true)
+    }
+
+    /// [`encode_batch`](Self::encode_batch), unless `should_go_on` says no.
+    ///
+    /// It is asked on the caller's thread, some twenty times a second: between two texts, or while the
+    /// other threads are at theirs. A text that was begun is finished.
+    pub fn encode_batch_while(
+        &self,
+        texts: &[&str],
+        should_go_on: impl FnMut() -> bool,
+    ) -> Result<TokenBatch> {
         let chunks = workers::split_by_bytes(texts, self.num_threads);
-        let parts = workers::map_on_threads(chunks, |chunk| {
-            self.encode_chunk(chunk.first_index, chunk.texts)
-        });
+        let work = |chunk: Chunk<'_>, should_go_on: &mut dyn FnMut() -> bool| {
+            self.encode_chunk(&chunk, should_go_on)
+        };
+        let parts = workers::map_on_threads(chunks, work, should_go_on);
 
         let mut parts = parts.into_iter();
         let mut batch = match parts.next() {
@@ -71,7 +87,12 @@ impl TextCodec {
         skip_special_tokens: bool,
     ) -> Result<Vec<String>> {
         let ids = unsigned(ids)?;
-        split_at_offsets(&ids, offsets)?
+        let malformed = |position, offset| Error::OffsetsMalformed {
+            position,
+            offset,
+            num_ids: ids.len(),
+        };
+        split_at_offsets(&ids, offsets, malformed)?
             .into_iter()
             .enumerate()
             .map(|(sequence_index, sequence)| {
@@ -83,6 +104,15 @@ impl TextCodec {
                     })
             })
             .collect()
+    }
+
+    /// A stream that decodes one sequence while it grows, up to the first of `stops`.
+    pub fn decode_stream(
+        &self,
+        stops: Vec<String>,
+        skip_special_tokens: bool,
+    ) -> Result<DecodeStream> {
+        DecodeStream::new(Arc::clone(&self.encoder), stops, skip_special_tokens)
     }
 
     /// The id of a token as the tokenizer file spells it.
@@ -99,13 +129,21 @@ impl TextCodec {
         self.encoder.vocab_size()
     }
 
-    fn encode_chunk(&self, first_index: usize, texts: &[&str]) -> Result<TokenBatch> {
+    fn encode_chunk(
+        &self,
+        chunk: &Chunk<'_>,
+        should_go_on: &mut dyn FnMut() -> bool,
+    ) -> Result<TokenBatch> {
         /// Bytes a token, from below for English, so that the ids of most chunks never move.
         const BYTES_PER_TOKEN: usize = 4;
 
+        let Chunk { first_index, texts } = chunk;
         let num_bytes: usize = texts.iter().map(|text| text.len()).sum();
         let mut batch = TokenBatch::with_capacity(texts.len(), num_bytes / BYTES_PER_TOKEN);
         for (index, text) in texts.iter().enumerate() {
+            if !should_go_on() {
+                return Err(Error::Interrupted);
+            }
             self.encoder
                 .encode_into(text, &mut batch.ids)
                 .map_err(|source| Error::Encode {
@@ -130,28 +168,4 @@ fn unsigned(ids: &[i32]) -> Result<Vec<u32>> {
         .enumerate()
         .map(|(position, &id)| u32::try_from(id).map_err(|_| Error::IdNegative { id, position }))
         .collect()
-}
-
-/// The sequences that `offsets` cut `ids` into.
-fn split_at_offsets<'a>(ids: &'a [u32], offsets: &[i64]) -> Result<Vec<&'a [u32]>> {
-    let last = offsets.len().checked_sub(1).ok_or(Error::OffsetsEmpty)?;
-    let mut sequences = Vec::with_capacity(last);
-    let mut start = 0;
-    for (position, &offset) in offsets.iter().enumerate() {
-        let end = usize::try_from(offset)
-            .ok()
-            .filter(|end| (start..=ids.len()).contains(end))
-            .filter(|&end| position > 0 || end == 0)
-            .filter(|&end| position < last || end == ids.len())
-            .ok_or(Error::OffsetsMalformed {
-                position,
-                offset,
-                num_ids: ids.len(),
-            })?;
-        if position > 0 {
-            sequences.push(&ids[start..end]);
-        }
-        start = end;
-    }
-    Ok(sequences)
 }

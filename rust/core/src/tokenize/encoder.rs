@@ -25,6 +25,14 @@ pub trait Encoder: Send + Sync {
     /// Whether `id` stands for a token.
     fn contains(&self, id: u32) -> bool;
 
+    /// Whether the text of `id` may change with the ids after it although it does not end in U+FFFD.
+    ///
+    /// So it is with the byte tokens of a decoder that judges whole runs of them: one byte too many, and
+    /// none of the run is text.
+    fn is_byte(&self, _id: u32) -> bool {
+        false
+    }
+
     /// Number of tokens, added ones included.
     fn vocab_size(&self) -> usize;
 }

@@ -83,6 +83,10 @@ impl Encoder for HuggingFaceEncoder {
         self.vocabulary.contains(id)
     }
 
+    fn is_byte(&self, id: u32) -> bool {
+        self.vocabulary.is_byte(id)
+    }
+
     fn vocab_size(&self) -> usize {
         self.vocabulary.len()
     }

@@ -1,6 +1,6 @@
 //! The tokens of a tokenizer file, by name and by id.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use serde_json::Value;
 use tokenizers::vocab::bucket_added_vocabulary::AddedVocabulary;
@@ -14,6 +14,8 @@ use super::stand_ins::StandIns;
 pub(super) struct Vocabulary {
     id_of_token: HashMap<String, u32>,
     is_known: Vec<bool>,
+    /// Ids of byte tokens, `<0x0A>` for instance, where the decoder reads them as bytes.
+    byte_ids: HashSet<u32>,
 }
 
 impl Vocabulary {
@@ -49,20 +51,33 @@ impl Vocabulary {
             }
             id_of_token.entry(token.to_owned()).or_insert(id);
         }
-        Ok(Self::new(id_of_token))
+        Ok(Self::new(
+            id_of_token,
+            has_byte_fallback(&config["decoder"]),
+        ))
     }
 
-    fn new(id_of_token: HashMap<String, u32>) -> Self {
+    fn new(id_of_token: HashMap<String, u32>, has_byte_fallback: bool) -> Self {
         let num_ids = id_of_token.values().max().map_or(0, |&id| id as usize + 1);
         let mut is_known = vec![false; num_ids];
         #[expect(clippy::iter_over_hash_type, reason = "the order does not matter")]
         for &id in id_of_token.values() {
             is_known[id as usize] = true;
         }
+        let byte_tokens = (0..=u8::MAX).filter(|_| has_byte_fallback);
+        let byte_ids = byte_tokens
+            .flat_map(|byte| [format!("<0x{byte:02X}>"), format!("<0x{byte:02x}>")])
+            .filter_map(|token| id_of_token.get(&token).copied())
+            .collect();
         Self {
             id_of_token,
             is_known,
+            byte_ids,
         }
+    }
+
+    pub(super) fn is_byte(&self, id: u32) -> bool {
+        self.byte_ids.contains(&id)
     }
 
     pub(super) fn token_to_id(&self, token: &str) -> Option<u32> {
@@ -90,6 +105,15 @@ fn model_tokens(vocab: &Value) -> Vec<(&str, u32)> {
             .filter_map(|(id, entry)| Some((entry[0].as_str()?, id)))
             .collect(),
         _ => Vec::new(),
+    }
+}
+
+fn has_byte_fallback(decoder: &Value) -> bool {
+    match decoder["type"].as_str() {
+        Some("ByteFallback") => true,
+        _ => decoder["decoders"]
+            .as_array()
+            .is_some_and(|decoders| decoders.iter().any(has_byte_fallback)),
     }
 }
 

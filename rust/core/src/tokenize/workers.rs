@@ -4,12 +4,18 @@
 //! inherit its locks without its threads and wait for ever. Starting a thread costs some ten
 //! microseconds; [`MIN_BYTES_PER_THREAD`] keeps that a small part of its work.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 
 /// Text that one thread encodes in about a third of a millisecond.
 const MIN_BYTES_PER_THREAD: usize = 32 * 1024;
+
+/// How long the caller may have to wait until it is asked whether to go on.
+const WATCH_INTERVAL: Duration = Duration::from_millis(50);
 
 const NUM_THREADS_VARIABLE: &str = "GAD_FAST_NUM_THREADS";
 
@@ -66,19 +72,40 @@ pub(super) fn split_by_bytes<'a>(texts: &'a [&'a str], num_threads: usize) -> Ve
 
 /// `work` of every item, in order; one thread an item, the first of them on the caller's.
 ///
+/// `work` asks the function that it is given whether it should go on; behind it is `should_go_on`, which
+/// runs on the caller's thread alone, some twenty times a second.
+///
 /// A panic of `work` continues on the caller's thread.
 pub(super) fn map_on_threads<T: Send, R: Send>(
     items: Vec<T>,
-    work: impl Fn(T) -> R + Sync,
+    work: impl Fn(T, &mut dyn FnMut() -> bool) -> R + Sync,
+    should_go_on: impl FnMut() -> bool,
 ) -> Vec<R> {
     let work = &work;
     let mut items = items.into_iter();
     let Some(first) = items.next() else {
         return Vec::new();
     };
+    let is_stopped = &AtomicBool::new(false);
+    let mut watch = Watch::new(should_go_on, is_stopped);
     thread::scope(|scope| {
-        let workers: Vec<_> = items.map(|item| scope.spawn(move || work(item))).collect();
-        let mut results = vec![work(first)];
+        let (at_work, all_done) = mpsc::channel::<()>();
+        let workers: Vec<_> = items
+            .map(|item| {
+                let at_work = at_work.clone();
+                scope.spawn(move || {
+                    let _at_work = at_work;
+                    work(item, &mut || !is_stopped.load(Ordering::Relaxed))
+                })
+            })
+            .collect();
+        drop(at_work);
+
+        let mut results = vec![work(first, &mut || watch.should_go_on())];
+        // Nobody sends: the channel closes when the last worker is done.
+        while all_done.recv_timeout(WATCH_INTERVAL) == Err(RecvTimeoutError::Timeout) {
+            watch.should_go_on();
+        }
         for worker in workers {
             results.push(
                 worker
@@ -88,6 +115,33 @@ pub(super) fn map_on_threads<T: Send, R: Send>(
         }
         results
     })
+}
+
+/// Asks the caller from time to time, and tells all threads its answer.
+struct Watch<'a, F> {
+    ask: F,
+    last_asked: Instant,
+    is_stopped: &'a AtomicBool,
+}
+
+impl<'a, F: FnMut() -> bool> Watch<'a, F> {
+    fn new(ask: F, is_stopped: &'a AtomicBool) -> Self {
+        Self {
+            ask,
+            last_asked: Instant::now(),
+            is_stopped,
+        }
+    }
+
+    fn should_go_on(&mut self) -> bool {
+        if self.last_asked.elapsed() >= WATCH_INTERVAL {
+            self.last_asked = Instant::now();
+            if !(self.ask)() {
+                self.is_stopped.store(true, Ordering::Relaxed);
+            }
+        }
+        !self.is_stopped.load(Ordering::Relaxed)
+    }
 }
 
 #[cfg(test)]
@@ -151,10 +205,30 @@ mod tests {
     #[test]
     fn results_come_in_the_order_of_the_items() {
         assert_eq!(
-            map_on_threads(vec![3, 1, 2], |item| item * 10),
+            map_on_threads(vec![3, 1, 2], |item, _| item * 10, || true),
             [30, 10, 20]
         );
-        assert!(map_on_threads(Vec::<u8>::new(), |item| item).is_empty());
+        assert!(map_on_threads(Vec::<u8>::new(), |item, _| item, || true).is_empty());
+    }
+
+    #[test]
+    fn all_threads_stop_when_the_caller_says_so() {
+        // Without an end of their own, whether the caller's thread is at work or waits.
+        for is_caller_at_work in [true, false] {
+            let work = |item, should_go_on: &mut dyn FnMut() -> bool| {
+                while (is_caller_at_work || item > 0) && should_go_on() {
+                    thread::yield_now();
+                }
+                item
+            };
+            let mut num_asked = 0;
+            let results = map_on_threads(vec![0, 1, 2], work, || {
+                num_asked += 1;
+                num_asked < 2
+            });
+            assert_eq!(results, [0, 1, 2]);
+            assert_eq!(num_asked, 2);
+        }
     }
 
     #[test]
