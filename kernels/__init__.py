@@ -17,12 +17,17 @@ from gad_fast.kernels.group_advantages import group_advantages
 from gad_fast.kernels.last_token_score import last_token_score
 from gad_fast.kernels.linear_policy_loss import linear_policy_loss
 from gad_fast.kernels.linear_token_logprobs import linear_token_logprobs
+from gad_fast.kernels.policy_inputs import PolicyOptions
 from gad_fast.kernels.policy_loss import policy_loss
 from gad_fast.kernels.policy_loss_from_logits import policy_loss_from_logits
 from gad_fast.kernels.token_logprobs import token_logprobs, token_logprobs_reference
 
+selective_log_softmax = token_logprobs
+"""The name that TRL and verl users know."""
+
 __all__ = [
     "FusedLMHead",
+    "PolicyOptions",
     "bradley_terry_loss",
     "entropy_from_logits",
     "group_advantages",
@@ -31,6 +36,7 @@ __all__ = [
     "linear_token_logprobs",
     "policy_loss",
     "policy_loss_from_logits",
+    "selective_log_softmax",
     "token_logprobs",
     "token_logprobs_reference",
 ]

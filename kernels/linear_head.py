@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from gad_fast.kernels.arguments import check_choice, check_device, check_float, check_range
+from gad_fast.kernels.backend import Backend
 from gad_fast.kernels.chunked_torch import Scaling
-from gad_fast.kernels.matmul import matmul_float32
 
 LogitsDtype = Literal["float32", "bfloat16"]
 
@@ -28,7 +28,7 @@ class LinearHead(NamedTuple):
         A CPU has none for bfloat16 operands, and gives its rounded result as it is.
         """
         if hidden.is_cuda and hidden.dtype == torch.bfloat16:
-            logits = matmul_float32(hidden, self.weight.t())
+            logits = torch.mm(hidden, self.weight.t(), out_dtype=torch.float32)
         else:
             logits = hidden @ self.weight.t()
         if self.bias is not None:
@@ -40,16 +40,24 @@ class LinearHead(NamedTuple):
         return Scaling(inverse_temperature, self.logit_scale, self.softcap)
 
 
-def check_head(
+class HeadCall(NamedTuple):
+    """How a head is to be applied."""
+
+    temperature: float | Tensor
+    logits_dtype: LogitsDtype
+    max_workspace_mb: float | None
+    backend: Backend
+
+
+def checked_head(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    *,
     logit_scale: float,
     softcap: float | None,
     logits_dtype: str,
-) -> None:
-    """Raises ValueError, naming the argument, unless the parts of a head fit the hidden states."""
+) -> LinearHead:
+    """The head; raises ValueError, naming the argument, unless it fits the hidden states."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is not None:
             check_float(name, tensor)
@@ -70,6 +78,7 @@ def check_head(
     if softcap is not None:
         check_range("softcap", softcap, 0.0, is_open=True)
     check_choice("logits_dtype", logits_dtype, get_args(LogitsDtype))
+    return LinearHead(weight, bias, logit_scale, softcap)
 
 
 def autocast_hidden(hidden: Tensor) -> Tensor:

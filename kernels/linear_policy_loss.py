@@ -32,10 +32,11 @@ from gad_fast.kernels.arguments import (
 from gad_fast.kernels.backend import Backend
 from gad_fast.kernels.chunked_linear import HeadGradients, Needs, even_slices, head_gradients
 from gad_fast.kernels.linear_head import (
+    HeadCall,
     LinearHead,
     LogitsDtype,
     autocast_hidden,
-    check_head,
+    checked_head,
     logits_bytes,
     workspace_bytes,
 )
@@ -197,48 +198,57 @@ def linear_policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`policy_loss` of the tokens that a head gives to hidden states, without whole logits.
 
-    Differentiable once, in `hidden`, `weight` and `bias`; what needs no gradient costs none.
-
-    Takes what `token_logprobs` and `policy_loss` take, and returns what the latter does. On a GPU,
-    dropping the tokens outside the mask waits for the device once.
+    Differentiable once, in `hidden`, `weight` and `bias`; what needs no gradient costs none. Takes
+    what `token_logprobs` and `policy_loss` take, and returns what the latter does.
 
     Args:
         hidden: `[..., D]`, bfloat16, float32 or float64; under autocast in its dtype.
-        weight: `[V, D]`; float32 master weights are cast once a call, and get the gradient as it
-            was summed. An adapter on the head is not in it: FusedLMHead refuses one.
+        weight: `[V, D]`; in float32 it is cast once a call, and gets its gradient as it was summed.
         labels: `[...]`, int32 or int64.
         old_logp: `[...]`, or None on-policy.
         advantages: `[...]`, or one for each sequence.
-        mask: `[...]`, or None to keep all.
+        mask: `[...]`; tokens outside never reach the head (finding them waits for a GPU once).
         bias: `[V]`; logits are cap(logit_scale * (X W^T + bias)).
-        softcap: cap(u) is softcap * tanh(u / softcap), None for none.
-        logit_scale: above 0.
         temperature: above 0, a number or `[...]`; the logits are divided by it.
         logits_dtype: "bfloat16" rounds the logits as an engine with a bfloat16 head does.
+        softcap: cap(u) is softcap * tanh(u / softcap), None for none.
+        logit_scale: above 0.
         max_workspace_mb: what a chunk's logits may take; by default 64 on a CPU, else 1024.
         backend: "auto" is "triton" for bfloat16 on CUDA with D a multiple of 8, else "torch".
-        options: those of `policy_loss`.
+        options: `PolicyOptions`.
 
     Raises:
         ValueError: what came does not fit; the line names the argument.
     """
     hidden = autocast_hidden(hidden)
-    check_head(
-        hidden, weight, bias, logit_scale=logit_scale, softcap=softcap, logits_dtype=logits_dtype
-    )
-    head = LinearHead(weight, bias, logit_scale, softcap)
-    if options.get("ratio_level") == "sequence" and old_logp is not None:
-        scores = (hidden, labels, old_logp, advantages, mask)
-        return _through_logprobs(*scores, head, temperature, logits_dtype, backend, options)
+    head = checked_head(hidden, weight, bias, logit_scale, softcap, logits_dtype)
+    call = HeadCall(temperature, logits_dtype, max_workspace_mb, backend)
+    is_of_sequences = options.get("ratio_level") == "sequence" and old_logp is not None
+    run = _through_logprobs if is_of_sequences else _in_chunks
+    return run(hidden, labels, old_logp, advantages, mask, head, call, options)
+
+
+def _in_chunks(
+    hidden: Tensor,
+    labels: Tensor,
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    head: LinearHead,
+    call: HeadCall,
+    options: PolicyOptions,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The way with the gradient in the forward pass."""
     objective = policy_objective(options)
     tokens, kept = _flat_tokens(
-        hidden, head, labels, old_logp, advantages, mask, temperature, options
+        hidden, head, labels, old_logp, advantages, mask, call.temperature, options
     )
-    path = resolve_head_backend(hidden, weight, backend)
     loss, terms, *_ = _linear_policy_op(
-        tokens.hidden, weight, bias, tokens.labels, tokens.inverse_temperature, *tokens.inputs,
-        *objective, logit_scale, softcap, _needs(hidden, weight, bias), logits_dtype,
-        workspace_bytes(max_workspace_mb, hidden.device), path,
+        tokens.hidden, head.weight, head.bias, tokens.labels, tokens.inverse_temperature,
+        *tokens.inputs, *objective, head.logit_scale, head.softcap,
+        _needs(hidden, head.weight, head.bias), call.logits_dtype,
+        workspace_bytes(call.max_workspace_mb, hidden.device),
+        resolve_head_backend(hidden, head.weight, call.backend),
     )  # fmt: skip
     return loss, summarize(terms, kept, tokens.labels.numel())
 
@@ -277,13 +287,11 @@ def _flat_tokens(
 def _through_logprobs(
     hidden: Tensor,
     labels: Tensor,
-    old_logp: Tensor,
+    old_logp: Tensor | None,
     advantages: Tensor,
     mask: Tensor | None,
     head: LinearHead,
-    temperature: float | Tensor,
-    logits_dtype: LogitsDtype,
-    backend: Backend,
+    call: HeadCall,
     options: PolicyOptions,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The way over all log-probabilities, for ratios of whole sequences."""
@@ -292,13 +300,15 @@ def _through_logprobs(
         head.weight,
         labels,
         bias=head.bias,
-        temperature=temperature,
         mask=mask,
+        ignore_index=None,  # as in the other way: the mask alone says what counts
         return_entropy=True,
-        logits_dtype=logits_dtype,
         softcap=head.softcap,
         logit_scale=head.logit_scale,
-        backend=backend,
+        temperature=call.temperature,
+        logits_dtype=call.logits_dtype,
+        max_workspace_mb=call.max_workspace_mb,
+        backend=call.backend,
     )
     if not options.get("entropy_coef"):
         entropy = entropy.detach()

@@ -147,21 +147,10 @@ def linear_stats(
                 *_operand(hidden, tile, tile.BLOCK_T),
                 *_operand(head.weight, tile, tile.BLOCK_V),
                 None if head.bias is None else head.bias.contiguous(),
-                labels,
-                inverse_temperature,
-                maximum,
-                total,
-                weighted,
-                label_logits,
-                exponentials,
-                0 if exponentials is None else exponentials.stride(0),
-                T,
-                V,
-                D,
-                head.logit_scale,
-                head.softcap,
-                **_constants(tile, logits_dtype),
-            )
+                labels, inverse_temperature, maximum, total, weighted, label_logits,
+                exponentials, 0 if exponentials is None else exponentials.stride(0),
+                T, V, D, head.logit_scale, head.softcap, **_constants(tile, logits_dtype),
+            )  # fmt: skip
     return _merged(maximum, total, weighted, label_logits, inverse_temperature), maximum
 
 
@@ -221,20 +210,10 @@ def linear_grad_slice(
                 *_operand(hidden, tile, tile.BLOCK_T),
                 *_operand(weight, tile, tile.BLOCK_V),
                 None if head.bias is None else head.bias[columns].contiguous(),
-                labels,
-                inverse_temperature,
-                *stats[1:],
-                grad_logp,
-                grad_entropy,
-                grad_logits,
-                T,
-                W,
-                D,
-                columns.start,
-                head.logit_scale,
-                head.softcap,
+                labels, inverse_temperature, *stats[1:], grad_logp, grad_entropy, grad_logits,
+                T, W, D, columns.start, head.logit_scale, head.softcap,
                 **_constants(tile, logits_dtype),
-            )
+            )  # fmt: skip
     return grad_logits
 
 

@@ -31,9 +31,11 @@ from gad_fast.kernels.arguments import (
 )
 from gad_fast.kernels.backend import Backend
 from gad_fast.kernels.linear_head import (
+    HeadCall,
+    LinearHead,
     LogitsDtype,
     autocast_hidden,
-    check_head,
+    checked_head,
     workspace_bytes,
 )
 from gad_fast.kernels.linear_logprobs_op import linear_logprobs_op
@@ -132,63 +134,67 @@ def linear_token_logprobs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`token_logprobs` of the logits that a head gives to hidden states, without whole logits.
 
-    Differentiable once, in `hidden`, `weight` and `bias`; what needs no gradient costs none.
-
     Args:
         hidden: `[..., D]`, bfloat16, float32 or float64; under autocast taken in its dtype.
-        weight: `[V, D]`, of any of these dtypes; where it is not that of `hidden`, it is cast once
-            a pass, and its gradient comes in its own dtype. An adapter (LoRA) is not in it.
+        weight: `[V, D]`; in float32 it is cast once a pass. An adapter (LoRA) is not in it.
         labels: `[...]`, int32 or int64. Outside [0, V) they are an error on a CPU, NaN on a GPU.
-        bias: `[V]`, of any of these dtypes.
+        bias: `[V]`; logits are cap(logit_scale * (X W^T + bias)).
         temperature: above 0, a number or `[...]`; the logits are divided by it.
-        mask: `[...]`; tokens outside it give 0 and gradient 0, and never reach the head. On a GPU,
-            finding the others waits for it once.
+        mask: `[...]`; tokens outside never reach the head (finding them waits for a GPU once).
         ignore_index: a label whose tokens are outside the mask too; None for none.
         return_entropy: whether to return the entropy too.
-        logits_dtype: "bfloat16" rounds logits as an engine with a bfloat16 head does. "float32"
-            keeps those of bfloat16 operands in float32 on CUDA; a CPU's own product rounds them.
-        softcap: of the logits, before the temperature: cap(u) = softcap tanh(u / softcap).
-        logit_scale: of the logits, before the cap.
+        logits_dtype: "bfloat16" rounds the logits as an engine with a bfloat16 head does.
+        softcap: cap(u) is softcap * tanh(u / softcap), None for none.
+        logit_scale: above 0.
         accum_dtype: float32 or bfloat16, of the sum over blocks of tokens that is dW.
         max_workspace_mb: what a part of the logits may take; by default 64 on a CPU, else 1024.
         backend: "auto" is "triton" for bfloat16 on CUDA with D a multiple of 8, "torch" otherwise.
 
     Returns:
-        Log-probabilities `[...]` in float32 (float64 for float64), or the pair of them and the
-        entropy in nats.
+        Log-probabilities `[...]`, float32 (float64 for float64), or with them the entropy in nats;
+        0 outside the mask. Differentiable once.
 
     Raises:
         ValueError: what came does not fit; the line names the argument.
     """
     hidden = autocast_hidden(hidden)
-    check_head(
-        hidden, weight, bias, logit_scale=logit_scale, softcap=softcap, logits_dtype=logits_dtype
-    )
-    check_shape("labels", labels, hidden.shape[:-1], of="the rows of hidden")
+    head = checked_head(hidden, weight, bias, logit_scale, softcap, logits_dtype)
+    call = HeadCall(temperature, logits_dtype, max_workspace_mb, backend)
+    kept = _kept_mask(mask, labels, hidden, ignore_index)
+    logp, entropy = _logprobs(hidden, head, labels, kept, call, return_entropy, accum_dtype)
+    return (logp, entropy) if return_entropy else logp
+
+
+def _logprobs(
+    hidden: Tensor,
+    head: LinearHead,
+    labels: Tensor,
+    kept: Tensor | None,
+    call: HeadCall,
+    return_entropy: bool,
+    accum_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities `[...]` and entropy, which means nothing where it is not asked for."""
     check_choice("accum_dtype", str(accum_dtype), ("torch.float32", "torch.bfloat16"))
-    shape, device = labels.shape, hidden.device
-    kept = _kept_mask(flat_mask(mask, shape, device), labels, ignore_index)
+    shape, device, dtype = labels.shape, hidden.device, compute_dtype(hidden.dtype)
     logp, entropy, *_ = linear_logprobs_op(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
-        flat_labels(labels, shape, weight.shape[0], kept, device),
-        inverse_temperatures(temperature, shape, device, compute_dtype(hidden.dtype)),
-        kept,
-        logit_scale,
-        softcap,
-        logits_dtype,
-        return_entropy,
-        accum_dtype,
-        workspace_bytes(max_workspace_mb, device),
-        resolve_head_backend(hidden, weight, backend),
-    )
-    return (logp.reshape(shape), entropy.reshape(shape)) if return_entropy else logp.reshape(shape)
+        hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias,
+        flat_labels(labels, shape, head.weight.shape[0], kept, device),
+        inverse_temperatures(call.temperature, shape, device, dtype), kept,
+        head.logit_scale, head.softcap, call.logits_dtype, return_entropy, accum_dtype,
+        workspace_bytes(call.max_workspace_mb, device),
+        resolve_head_backend(hidden, head.weight, call.backend),
+    )  # fmt: skip
+    return logp.reshape(shape), entropy.reshape(shape)
 
 
-def _kept_mask(mask: Tensor | None, labels: Tensor, ignore_index: int | None) -> Tensor | None:
+def _kept_mask(
+    mask: Tensor | None, labels: Tensor, hidden: Tensor, ignore_index: int | None
+) -> Tensor | None:
     """Which tokens count, bool [T], or None where all do."""
+    check_shape("labels", labels, hidden.shape[:-1], of="the rows of hidden")
+    kept = flat_mask(mask, labels.shape, hidden.device)
     if ignore_index is None:
-        return mask
+        return kept
     is_kept = labels.reshape(-1) != ignore_index
-    return is_kept if mask is None else is_kept & mask
+    return is_kept if kept is None else is_kept & kept

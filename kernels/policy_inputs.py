@@ -28,7 +28,28 @@ RatioLevel = Literal["token", "sequence"]
 
 
 class PolicyOptions(TypedDict, total=False):
-    """The keywords that `policy_loss` explains, and every policy loss takes."""
+    """The keywords that every policy loss takes beside its own, with what they are if left out.
+
+    Args:
+        ref_logp: `[...]`, under the reference, or None; must be given if `kl_coef` is not 0.
+        clip_low: 0.2, in [0, 1]; the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        clip_high: 0.2, at least 0.
+        clip_ratio_c: None, or above 1: the dual clip's bound.
+        kl_coef: 0.0, at least 0; weight of the KL estimate.
+        kl_type: "k3"; the estimator, of "k1", "k2", "k3" and "k3+".
+        entropy_coef: 0.0; weight of the entropy bonus.
+        ratio_level: "token", or "sequence" for GSPO's ratio.
+        loss_type: "ppo", or "cispo" or "reinforce".
+        agg: "token-mean", or "seq-mean-token-mean", "seq-mean-token-sum" and, with
+            `constant_length`, "seq-mean-token-sum-norm", which need `[B, L]` or `cu_seqlens`.
+        num_tokens: None counts those of the call; else what to divide by, those of the whole step
+            where this call is a part of it, a number or a tensor on the device.
+        num_seqs: likewise, for the aggregations over sequences.
+        constant_length: None, or the L of "seq-mean-token-sum-norm".
+        rollout_is_weights: None, or `[...]`: factors of the policy gradient (not of KL and entropy)
+            that make up for a sampler whose probabilities are not the old policy's.
+        cu_seqlens: None, or int `[S + 1]`: where each sequence of packed tokens starts, and T.
+    """
 
     ref_logp: Tensor | None
     clip_low: float
@@ -109,7 +130,9 @@ def policy_objective(options: PolicyOptions) -> PolicyObjective:
     """The checked objective; raises TypeError for an option that there is not, as Python would."""
     unknown = options.keys() - PolicyOptions.__annotations__.keys()
     if unknown:
-        msg = f"unexpected option {min(unknown)!r} (help(gad_fast.kernels.policy_loss) lists them)"
+        msg = (
+            f"unexpected option {min(unknown)!r} (help(gad_fast.kernels.PolicyOptions) lists them)"
+        )
         raise TypeError(msg)
     chosen = {key: options[key] for key in PolicyObjective._fields if key in options}
     objective = PolicyObjective(**chosen)

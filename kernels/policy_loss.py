@@ -204,23 +204,7 @@ def policy_loss(
             holds, NaN too, changes nothing.
         entropy: `[...]`, in nats; with `entropy_coef` other than 0 it earns a bonus.
         backend: "auto" is "triton" for float32 on CUDA where Triton is installed, else "torch".
-        options: as below.
-
-    Options, for every policy loss of the package:
-        ref_logp: `[...]`, under the reference; must be given if `kl_coef` is not 0.
-        clip_low, clip_high: 0.2 each; the ratio is clipped to [1 - low, 1 + high].
-        clip_ratio_c: above 1; the dual clip's bound, None for none.
-        kl_coef, kl_type: 0.0 and "k3"; weight and estimator, of k1, k2, k3 and k3+.
-        entropy_coef: 0.0; weight of the entropy bonus.
-        ratio_level: "token", or "sequence" for GSPO's ratio.
-        loss_type: "ppo", "cispo" or "reinforce".
-        agg: "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", or "seq-mean-token-sum-norm"
-            with `constant_length`. Those over sequences need `[B, L]` or `cu_seqlens`.
-        num_tokens, num_seqs: what to divide by, of the whole step where this call is a part of it;
-            a number, or a tensor on the device. None counts those of the call.
-        rollout_is_weights: `[...]`, factors of the policy gradient (not of KL and entropy) that
-            make up for a sampler whose probabilities are not the old policy's.
-        cu_seqlens: int `[S + 1]`, where each sequence of packed tokens starts, and T.
+        options: `PolicyOptions`.
 
     Returns:
         The loss, 0-dim, and metrics: 0-dim tensors on the device, means over the kept tokens
@@ -237,9 +221,7 @@ def policy_loss(
     flat_entropy = None
     if entropy is not None:
         flat_entropy = flat_floats("entropy", entropy, shape, device, dtype)
-    elif objective.entropy_coef != 0:
-        msg = f"entropy must be given when entropy_coef is not 0, got {objective.entropy_coef:g}"
-        raise ValueError(msg)
+    objective.check_entropy(flat_entropy)
     inputs = policy_inputs(
         old_logp, advantages, flat_kept, shape=shape, device=device, dtype=dtype, options=options
     )

@@ -69,6 +69,12 @@ class PolicyObjective(NamedTuple):
             msg = f"ref_logp must be given when kl_coef is not 0, got kl_coef={self.kl_coef:g}"
             raise ValueError(msg)
 
+    def check_entropy(self, entropy: Tensor | None) -> None:
+        """Raises ValueError for a bonus on an entropy that is not there."""
+        if entropy is None and self.entropy_coef != 0:
+            msg = f"entropy must be given when entropy_coef is not 0, got {self.entropy_coef:g}"
+            raise ValueError(msg)
+
 
 class Terms(NamedTuple):
     """What is known of each token after its loss, each [T]; as a matrix, rows in this order."""

@@ -263,6 +263,17 @@ def test_sequence_level_ratio_matches_whole_logits(backend):
     check(differentiate(shaped, **options), expected, dtype)
 
 
+@pytest.mark.parametrize("ratio_level", ["token", "sequence"])
+def test_both_ways_refuse_the_same_labels_and_workspace(ratio_level):
+    tokens = {k: v if k == "weight" else v[None] for k, v in case(torch.float64).items()}
+    options = {"ratio_level": ratio_level, "agg": "seq-mean-token-mean"}
+    with pytest.raises(ValueError, match="max_workspace_mb must be above 0, got -1"):
+        differentiate(tokens, max_workspace_mb=-1, **options)
+    tokens["labels"][0, 3] = -100
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 257\).*got -100"):
+        differentiate(tokens, **options)
+
+
 @each_backend
 def test_one_token_and_strided_hidden_states(backend):
     dtype = torch.bfloat16 if backend == "triton" else torch.float64

@@ -107,8 +107,9 @@ def test_compiles_as_one_graph(backend, dtype, has_mask):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_auto_takes_the_torch_path_on_a_cpu(dtype, monkeypatch):
     hidden, weight, labels = (x.cpu() for x in peaked_head(3, D, V, dtype))
+    expected = linear_token_logprobs(hidden, weight, labels, backend="torch")
     monkeypatch.setattr(module, "linear_stats", None)
-    linear_token_logprobs(hidden, weight, labels)
+    assert torch.equal(linear_token_logprobs(hidden, weight, labels), expected)
 
 
 def test_reference_passes_gradcheck():

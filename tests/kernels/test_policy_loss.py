@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from gad_fast.kernels import policy_loss
-from gad_fast.kernels.policy_inputs import PolicyInputs
+from gad_fast.kernels.policy_inputs import PolicyInputs, PolicyOptions
 from gad_fast.kernels.policy_loss import policy_loss_reference
 from gad_fast.kernels.policy_objective import PolicyObjective
 from kernel_cases import DEVICE, each_backend, needs_triton
@@ -315,6 +315,12 @@ def test_unusable_arguments_are_refused(change, message):
     }
     with pytest.raises(ValueError, match=message):
         policy_loss(**{**arguments, **change})
+
+
+def test_every_option_is_explained():
+    explained = PolicyOptions.__doc__ or ""
+    for name in PolicyOptions.__annotations__:
+        assert f"        {name}: " in explained, name
 
 
 def test_an_option_that_there_is_not_is_refused():
