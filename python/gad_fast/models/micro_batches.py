@@ -20,18 +20,20 @@ def plan(items: Sequence[Item], *, token_budget: int, is_shared: bool) -> list[l
             batch of its own.
         is_shared: whether an item's responses share one row with its prompt.
     """
-    prompts = np.array([len(item.prompt_ids) for item in items], dtype=np.int64)
-    if is_shared:
-        rows, longest = np.ones_like(prompts), [sum(map(len, item.responses)) for item in items]
-    else:
-        rows = np.array([len(item.responses) for item in items], dtype=np.int64)
-        longest = [max(map(len, item.responses)) for item in items]
-    responses = np.array(longest, dtype=np.int64)
-    if is_shared:
-        # A row is as wide as its item: the widest of prompt and responses together.
-        prompts, responses = prompts + responses, np.zeros_like(responses)
+    sizes = [_shared_size(item) if is_shared else _padded_size(item) for item in items]
+    rows, prompts, responses = np.array(sizes, dtype=np.int64).reshape(-1, 3).T.copy()
     parts = _core.plan_micro_batches(rows, prompts, responses, token_budget=token_budget)
     return [part.tolist() for part in parts]
+
+
+def _padded_size(item: Item) -> tuple[int, int, int]:
+    """Rows, and the columns that must be left for prompts and for responses."""
+    return len(item.responses), len(item.prompt_ids), max(map(len, item.responses))
+
+
+def _shared_size(item: Item) -> tuple[int, int, int]:
+    """Likewise: one row, whose responses start wherever its prompt ends."""
+    return 1, len(item.prompt_ids) + sum(map(len, item.responses)), 0
 
 
 def lay_out(items: Sequence[Item], *, is_shared: bool, pad_id: int, device: torch.device) -> Batch:
