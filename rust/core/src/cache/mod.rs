@@ -18,6 +18,7 @@ mod fork;
 mod key;
 mod lock;
 mod packing_thread;
+mod queue;
 mod reader;
 mod schema;
 mod store;

@@ -1,20 +1,17 @@
 //! A thread that packs rows for callers who have no time for it: event loops.
 
 use std::path::Path;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::thread::JoinHandle;
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
 use super::commit::PackedEntry;
 use super::compression::Packer;
 use super::entry::{Request, Response};
 use super::fork;
+use super::queue::Queue;
 use super::writer::{Receipt, Writer};
-use crate::error::{Error, Result};
-
-/// Rows on their way: a caller that is further ahead waits.
-const MAX_QUEUED_ROWS: usize = 1024;
+use crate::error::Result;
 
 /// How long the thread sleeps, once, after rows came close together, before it waits to be woken.
 ///
@@ -30,30 +27,19 @@ struct Job {
 /// The callers' end.
 pub(super) struct PackingThread {
     writer: Arc<Writer>,
-    /// None after `close`.
-    sender: RwLock<Option<SyncSender<Job>>>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    queue: Queue<Job>,
 }
 
 impl PackingThread {
     /// Starts the thread, which hands rows on to `writer` in the order in which they come.
     pub(super) fn start(path: &Path, packer: Arc<Packer>, writer: &Arc<Writer>) -> Result<Self> {
-        let (sender, receiver) = sync_channel(MAX_QUEUED_ROWS);
         let press = Press {
             packer,
             writer: Arc::clone(writer),
         };
-        let thread = std::thread::Builder::new()
-            .name("gad-fast-packer".to_owned())
-            .spawn(move || press.run(&receiver))
-            .map_err(|source| Error::CacheUnopenable {
-                path: path.to_owned(),
-                reason: format!("its packing thread cannot be started: {source}"),
-            })?;
         Ok(Self {
             writer: Arc::clone(writer),
-            sender: RwLock::new(Some(sender)),
-            thread: Mutex::new(Some(thread)),
+            queue: Queue::start("gad-fast-packer", path, move |jobs| press.run(jobs))?,
         })
     }
 
@@ -69,28 +55,16 @@ impl PackingThread {
             response,
             receipt,
         };
-        let sender = self.sender.read().unwrap_or_else(PoisonError::into_inner);
-        let Some(sender) = sender.as_ref() else {
-            return Err(self.writer.gone());
-        };
-        sender.send(job).map_err(|_| self.writer.gone())
+        if self.queue.push(job) {
+            Ok(())
+        } else {
+            Err(self.writer.gone())
+        }
     }
 
     /// Returns after everything that was queued is handed on.
     pub(super) fn close(&self) {
-        self.sender
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        let thread = self
-            .thread
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        if let Some(thread) = thread {
-            // A panic of the thread is a bug; its callers got no receipt and know.
-            drop(thread.join());
-        }
+        self.queue.close();
     }
 }
 

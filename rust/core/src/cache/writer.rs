@@ -4,24 +4,20 @@
 //! hands out.
 
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::thread::JoinHandle;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::commit::{Committer, PackedEntry};
 use super::compression::Packer;
 use super::desk::Desk;
 use super::failure::{WriteFailure, from_sqlite};
 use super::lock::WriterLock;
+use super::queue::Queue;
 use crate::error::{Error, Result};
 
 /// Called once, on the thread that writes: whether the row is new, or why it is not on disk.
 ///
 /// It must be quick and never panic. Dropped uncalled, it says that the writer is gone.
 pub type Receipt = Box<dyn FnOnce(Result<bool>) + Send>;
-
-/// Rows on their way: a caller that is further ahead waits.
-const MAX_QUEUED_ROWS: usize = 1024;
 
 /// A row to be written.
 pub(super) struct Job {
@@ -32,9 +28,7 @@ pub(super) struct Job {
 /// The callers' end.
 pub(super) struct Writer {
     path: PathBuf,
-    /// None after `close`.
-    sender: RwLock<Option<SyncSender<Job>>>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    queue: Queue<Job>,
     /// Why the thread ended by itself.
     end: Arc<Mutex<Option<WriteFailure>>>,
 }
@@ -47,32 +41,23 @@ impl Writer {
         packer: Arc<Packer>,
         lock: WriterLock,
     ) -> Result<Self> {
-        let (sender, receiver) = sync_channel(MAX_QUEUED_ROWS);
         let end = Arc::new(Mutex::new(None));
         let desk = Desk::new(path, committer, packer, lock, Arc::clone(&end))
             .map_err(|error| from_sqlite(path, &error))?;
-        let thread = std::thread::Builder::new()
-            .name("gad-fast-cache".to_owned())
-            .spawn(move || desk.run(&receiver))
-            .map_err(|source| Error::CacheUnopenable {
-                path: path.to_owned(),
-                reason: format!("its writer cannot be started: {source}"),
-            })?;
         Ok(Self {
             path: path.to_owned(),
-            sender: RwLock::new(Some(sender)),
-            thread: Mutex::new(Some(thread)),
+            queue: Queue::start("gad-fast-cache", path, move |jobs| desk.run(jobs))?,
             end,
         })
     }
 
     /// Queues a row; waits while the queue is full.
     pub(super) fn push(&self, entry: PackedEntry, receipt: Receipt) -> Result<()> {
-        let sender = self.sender.read().unwrap_or_else(PoisonError::into_inner);
-        let Some(sender) = sender.as_ref() else {
-            return Err(self.gone());
-        };
-        sender.send(Job { entry, receipt }).map_err(|_| self.gone())
+        if self.queue.push(Job { entry, receipt }) {
+            Ok(())
+        } else {
+            Err(self.gone())
+        }
     }
 
     /// The error for a row that got no receipt.
@@ -87,25 +72,15 @@ impl Writer {
 
     /// Returns after everything that was queued is on disk and the lock is free.
     pub(super) fn close(&self) {
-        self.sender
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        let thread = self
-            .thread
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        if let Some(thread) = thread {
-            // A panic of the thread is a bug; its callers got no receipt and know.
-            drop(thread.join());
-        }
+        self.queue.close();
     }
 }
 
 #[cfg(test)]
 mod tests {
     #![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+    use std::sync::mpsc::sync_channel;
 
     use super::*;
     use crate::cache::entry::{Request, Response};
