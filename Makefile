@@ -3,10 +3,10 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 STUDENT := models/SmolLM2-135M-Instruct
-RUST := $(shell find rust Cargo.toml Cargo.lock -name target -prune -o -type f -print)
+RUST := $(shell find rust Cargo.toml Cargo.lock \( -name target -o -path rust/fuzz \) -prune -o -type f -print)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-python test-rust lint format wheel corpus mutants gpu-suite gpu-bundle clean
+.PHONY: help demo test test-python test-rust lint format wheel corpus fuzz mutants gpu-suite gpu-bundle clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,10 @@ wheel: $(VENV)/built ## wheel and sdist in dist/
 corpus: $(VENV)/built $(STUDENT) ## ids of four real tokenizers against the published package (fetches 240 MB)
 	$(BIN)/python scripts/fetch_tokenizers.py models/tokenizers
 	$(BIN)/pytest -m corpus
+
+fuzz: ## hostile input for the core, a minute a target (needs nightly Rust and cargo-fuzz)
+	for target in decode packing cache_request; do \
+	  cargo +nightly fuzz run --fuzz-dir rust/fuzz $$target -- -max_total_time=60 || exit 1; done
 
 mutants: $(VENV)/built ## plant bugs in the kernels and see the tests catch them (minutes)
 	$(BIN)/python tests/kernels/mutations.py
