@@ -28,6 +28,7 @@ lint: $(VENV)/built ## formatting, lint, types, layers
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/basedpyright --pythonpath $(BIN)/python -p tests/pyrightconfig.json
+	$(BIN)/stubtest gad_fast._core
 	$(BIN)/lint-imports --no-cache
 	cargo fmt --check
 	cargo clippy --quiet --workspace --all-targets -- -D warnings
