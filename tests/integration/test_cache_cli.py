@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gad_fast.cli import main
+from gad_fast.cli.main import main
 from gad_fast.teacher.cache import TeacherCache
 from gad_fast.teacher.records import TeacherRequest, TeacherResponse
 

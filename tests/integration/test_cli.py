@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 import tiny
 
-COMMAND = [sys.executable, "-c", "from gad_fast.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from gad_fast.cli.main import main; main()"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
