@@ -41,6 +41,11 @@ class TokenBatch:
     def __iter__(self) -> Iterator[Ids]:
         return (self[index] for index in range(len(self)))
 
+    def closed(self, end_id: int) -> TokenBatch:
+        """The same texts, each with the end token behind it."""
+        ids = np.insert(self.ids, self.offsets[1:], end_id)
+        return TokenBatch(ids, self.offsets + np.arange(len(self.offsets)))
+
     @staticmethod
     def of(texts: list[Ids]) -> TokenBatch:
         """Lays a list of id arrays end to end."""

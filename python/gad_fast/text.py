@@ -123,10 +123,9 @@ class TextCodec:
 
     def encode_responses(self, texts: Sequence[str], *, max_tokens: int) -> list[Response]:
         """Responses as a student that wrote the same texts would have left them."""
-        end = np.array([self.end_id], dtype=np.int32)
         return [
-            Response.cut(np.append(ids, end), end_id=self.end_id, max_tokens=max_tokens)
-            for ids in self.encode_batch(texts)
+            Response.cut(ids, end_id=self.end_id, max_tokens=max_tokens)
+            for ids in self.encode_batch(texts).closed(self.end_id)
         ]
 
     def decode_batch(self, batch: TokenBatch | Sequence[Ids]) -> list[str]:

@@ -93,9 +93,8 @@ def tokens_read(model: Any) -> Generator[list[int]]:
 def test_the_discriminator_reads_each_prompt_and_response_once(players, budget):
     _, discriminator = players
     with tokens_read(discriminator.model) as counts:
-        train_discriminator(
-            discriminator, Gradients(discriminator), equal_groups(), token_budget=budget
-        )
+        optimizer: Any = Gradients(discriminator)
+        train_discriminator(discriminator, optimizer, equal_groups(), token_budget=budget)
     assert sum(counts) == B * (P + (G + 1) * R)
     assert len(counts) == {BUDGETS[0]: 1, BUDGETS[1]: B, BUDGETS[2]: 2}[budget]
 
@@ -107,11 +106,12 @@ def test_the_student_reads_each_prompt_and_rollout_once_and_the_reference_only_f
     student, _ = players
     reference = student.frozen_copy() if kl_coef else None
     read_by_reference = tokens_read(reference.model) if reference else contextlib.nullcontext([])
+    optimizer: Any = Gradients(student)
     with tokens_read(student.model) as counts, read_by_reference as reference_counts:
         train_student(
             student,
             reference,
-            Gradients(student),
+            optimizer,
             equal_groups(),
             torch.randn(B, G),
             kl_coef=kl_coef,
@@ -127,7 +127,8 @@ def test_the_student_reads_each_prompt_and_rollout_once_and_the_reference_only_f
 def test_one_pass_gives_the_rewards_and_gradients_of_separate_ones(players, budget, is_shared):
     _, discriminator = players
     discriminator.shares_prompts = is_shared
-    groups, optimizer = equal_groups(), Gradients(discriminator)
+    groups = equal_groups()
+    optimizer: Any = Gradients(discriminator)
     verdict = train_discriminator(discriminator, optimizer, groups, token_budget=budget)
     rewards, expected = separate_passes(discriminator, groups)
     # transformers' norms compute in float32, and a row's length decides how its sums are split.
