@@ -219,7 +219,7 @@ def _set_up(model: str, size: Size, dtype: str) -> Table:
     precision = Precision(HardwareSettings(compute_dtype=dtype))  # pyright: ignore[reportArgumentType]
     codec = TextCodec.from_pretrained(model)
     student = load_student(recipe, precision)
-    discriminator = load_discriminator(recipe, codec, precision)
+    discriminator = load_discriminator(recipe, student, codec, precision)
     return Table(
         student=student,
         reference=student.frozen_copy(),

@@ -54,7 +54,8 @@ def players(tmp_path: Path) -> tuple[Student, Discriminator]:
     recipe = tiny.recipe(tmp_path, student={"dtype": "float64"}, discriminator={"dtype": "float64"})
     torch.manual_seed(3)
     codec = TextCodec.from_pretrained(recipe.student.model)
-    return load_student(recipe, CPU), load_discriminator(recipe, codec, CPU)
+    student = load_student(recipe, CPU)
+    return student, load_discriminator(recipe, student, codec, CPU)
 
 
 def equal_groups() -> list[Group]:

@@ -13,6 +13,7 @@ from gad_fast.config.learning import (
     StageSettings,
     WarmupSettings,
 )
+from gad_fast.config.lora import LoraSettings
 from gad_fast.config.players import DiscriminatorSettings, StudentSettings
 from gad_fast.config.recipe import Recipe
 from gad_fast.config.rollout import RolloutSettings
@@ -25,6 +26,7 @@ __all__ = [
     "GameSettings",
     "HardwareSettings",
     "LearningRateSettings",
+    "LoraSettings",
     "OptimizerSettings",
     "Recipe",
     "RolloutSettings",
