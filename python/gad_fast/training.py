@@ -14,7 +14,7 @@ from gad_fast.config import Recipe
 from gad_fast.data import BatchStream, PromptSet, load_prompt_set
 from gad_fast.evaluation.validation import Validation, validate
 from gad_fast.game.loop import Game, Opponent, play, sampling_of
-from gad_fast.game.optim import PlayerOptimizer
+from gad_fast.game.optim import PlayerOptimizer, require_optimizer
 from gad_fast.game.plan import Plan, make_plan
 from gad_fast.game.symmetry import check_symmetry
 from gad_fast.game.warmup import imitate_only, warm_up
@@ -99,6 +99,7 @@ def load_inputs(recipe: Recipe) -> Inputs:
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     precision = Precision(recipe.hardware)
+    require_optimizer(recipe.optimizer, precision.device)
     config = load_config(recipe.student.model)
     require_context(config, recipe.data, recipe.student.model)
     codec = TextCodec.from_pretrained(recipe.student.model)

@@ -20,6 +20,10 @@ class OptimizerSettings(Settings):
     """Decoupled weight decay."""
     max_grad_norm: float = Field(default=0.2, gt=0)
     """Gradients are scaled down to this norm, each player's on its own."""
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps the moments in a byte each, a quarter of float32; `paged_adamw_8bit` may
+    also move them to the memory of the host when the GPU's is full. Both need bitsandbytes
+    (`pip install 'gad-fast[lowbit]'`)."""
 
 
 class LearningRateSettings(Settings):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from gad_fast.config import LearningRateSettings, OptimizerSettings
-from gad_fast.errors import NonFiniteError
+from gad_fast.errors import ConfigError, NonFiniteError
 
 Schedule = Callable[[int], float]
 
@@ -24,11 +27,7 @@ class PlayerOptimizer:
         self.learning_rate = 0.0
         self._max_grad_norm = settings.max_grad_norm
         self._parameters = [p for p in parameters if p.requires_grad]
-        self._adamw = torch.optim.AdamW(
-            self._parameters,
-            betas=(settings.beta1, settings.beta2),
-            weight_decay=settings.weight_decay,
-        )
+        self._adamw = _adamw(self._parameters, settings)
         self._schedule: Schedule = lambda _: 0.0
         self._num_updates = 0
 
@@ -62,6 +61,40 @@ class PlayerOptimizer:
         self._adamw.zero_grad()
         self._num_updates += 1
         return norm
+
+
+def require_optimizer(settings: OptimizerSettings, device: torch.device) -> None:
+    """Raises ConfigError when the optimizer is not installed, or not made for the device."""
+    if settings.name != "adamw" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"optimizer.name = {settings.name!r} needs bitsandbytes, which is not installed "
+            f"(pip install 'gad-fast[lowbit]', or set optimizer.name = 'adamw')"
+        )
+    if settings.name == "paged_adamw_8bit" and device.type != "cuda":
+        raise ConfigError(
+            f"optimizer.name = 'paged_adamw_8bit' moves pages between a GPU and its host, and this "
+            f"run is on {device.type} (set optimizer.name = 'adamw_8bit')"
+        )
+
+
+def _adamw(parameters: list[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
+    options: dict[str, Any] = {
+        "betas": (settings.beta1, settings.beta2),
+        "weight_decay": settings.weight_decay,
+    }
+    match settings.name:
+        case "adamw":
+            # One pass over weights, gradients and moments, without temporary copies of them.
+            return torch.optim.AdamW(parameters, fused=True, **options)
+        case "adamw_8bit":
+            return _bitsandbytes().AdamW8bit(parameters, **options)
+        case "paged_adamw_8bit":
+            return _bitsandbytes().PagedAdamW8bit(parameters, **options)
+
+
+def _bitsandbytes() -> Any:
+    # Imported late: it is optional, and has no types.
+    return importlib.import_module("bitsandbytes.optim")
 
 
 def schedule(settings: LearningRateSettings, num_updates: int) -> Schedule:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers import (
 
 from gad_fast.config import DataSettings, HardwareSettings
 from gad_fast.errors import ConfigError, ModelError
+from gad_fast.models.recomputation import recomputed_layers
 
 
 class Precision:
@@ -26,6 +27,20 @@ class Precision:
     def __init__(self, settings: HardwareSettings) -> None:
         self.device = _device(settings.device)
         self.compute_dtype = _compute_dtype(settings.compute_dtype, self.device)
+        self._recomputes_layers = settings.gradient_checkpointing
+
+    @contextlib.contextmanager
+    def forward_pass(self, model: nn.Module) -> Generator[None]:
+        """Context of a model's forward pass; where gradients are recorded, thrifty if asked to be.
+
+        Raises:
+            ConfigError: gradient checkpointing is asked for, and the model has no layers for it.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.autocast())
+            if self._recomputes_layers and torch.is_grad_enabled():
+                stack.enter_context(recomputed_layers(model))
+            yield
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Context of a forward pass: matrix products in `compute_dtype`."""
