@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -17,6 +17,7 @@ from gad_fast.errors import ConfigError, ModelError
 from gad_fast.models.batch import Batch, Item
 from gad_fast.models.loading import Precision, load_config, load_scorer, require_context
 from gad_fast.models.micro_batches import lay_out, plan
+from gad_fast.models.saving import copy_for_saving, load_weights
 from gad_fast.models.shared_prompts import can_share_prompts
 from gad_fast.records import Group, Response
 from gad_fast.text import TextCodec
@@ -158,6 +159,22 @@ class Discriminator(nn.Module):
         cast(Any, self.model.config).pad_token_id = codec.pad_id
         self.model.save_pretrained(folder)
         codec.tokenizer.save_pretrained(folder)
+
+    def copy_for_saving(self) -> Callable[[Path], None]:
+        """Copies the weights now; the result writes what `save` would have, later."""
+        codec = self.reader.codec
+        cast(Any, self.model.config).pad_token_id = codec.pad_id
+        write_model = copy_for_saving(self.model)
+
+        def write(folder: Path) -> None:
+            write_model(folder)
+            codec.tokenizer.save_pretrained(folder)
+
+        return write
+
+    def load_weights(self, folder: Path) -> None:
+        """Takes over the weights of a folder that was saved, head included, bit for bit."""
+        load_weights(self.model, folder)
 
 
 def _has_tokenizer(source: str) -> bool:

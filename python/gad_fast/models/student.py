@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from gad_fast.models.batch import Batch, Item
 from gad_fast.models.language_head import fuse_head
 from gad_fast.models.loading import Precision, load_causal_lm
 from gad_fast.models.micro_batches import micro_batches
+from gad_fast.models.saving import copy_for_saving, load_weights
 from gad_fast.models.shared_prompts import can_share_prompts
 from gad_fast.text import TextCodec
 
@@ -126,6 +127,20 @@ class Student(nn.Module):
         """Writes a folder that `AutoModelForCausalLM` loads, with its tokenizer."""
         self.model.save_pretrained(folder)
         codec.tokenizer.save_pretrained(folder)
+
+    def copy_for_saving(self, codec: TextCodec) -> Callable[[Path], None]:
+        """Copies the weights now; the result writes what `save` would have, later."""
+        write_model = copy_for_saving(self.model)
+
+        def write(folder: Path) -> None:
+            write_model(folder)
+            codec.tokenizer.save_pretrained(folder)
+
+        return write
+
+    def load_weights(self, folder: Path) -> None:
+        """Takes over the weights of a folder that was saved, bit for bit."""
+        load_weights(self.model, folder)
 
     def frozen_copy(self) -> Student:
         """The student as it is, for the KL reference."""
