@@ -6,8 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import datasets
-import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, set_seed
 from transformers.utils import logging as transformers_logging
 
 from gad_fast.config import Recipe
@@ -82,7 +81,7 @@ def train(recipe: Recipe, *, display: Display | None = None, resume: bool | None
     """
     display = display or Display()
     start = find_start(recipe, resume=resume, say=display.say)
-    torch.manual_seed(recipe.seed)
+    set_seed(recipe.seed % 2**32)
     inputs = load_inputs(recipe)
     _require_same_data(inputs, start)
     show_plan(recipe, inputs, display)

@@ -21,7 +21,9 @@ from gad_fast.errors import GadFastError
 # A server that has imported torch forks each run: an import takes longer than a tiny run. It must
 # not have used torch or the core, whose threads would be missing in a fork.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["crash"])
+_CONTEXT.set_forkserver_preload(
+    ["gad_fast.training", "transformers.models.llama.modeling_llama", "rouge_score.rouge_scorer"]
+)
 
 
 def start(recipe: Recipe) -> ForkServerProcess:
