@@ -11,7 +11,9 @@ from gad_fast.config import HealthSettings, Watch
 Side = Literal["student", "discriminator"]
 
 
-class _Rule(NamedTuple):
+class Rule(NamedTuple):
+    """What a watch looks at."""
+
     name: str
     """That of its section in the recipe, too."""
     metric: str
@@ -24,21 +26,21 @@ class _Rule(NamedTuple):
 
 
 RULES = (
-    _Rule(
+    Rule(
         "saturation",
         "d_acc",
         "discriminator",
         "the discriminator tells every pair apart, and its scores say little: lower its learning "
         "rate, raise the student's, or pause it",
     ),
-    _Rule(
+    Rule(
         "shortcut",
         "d_acc",
         "student",
         "the discriminator won before it can have learned: look in samples.jsonl for a difference "
         "in form, such as endings, markup or length",
     ),
-    _Rule(
+    Rule(
         "exploited",
         "d_acc",
         "student",
@@ -47,40 +49,40 @@ RULES = (
         is_floor=True,
         stages=("game",),
     ),
-    _Rule(
+    Rule(
         "length_correlation",
         "length_correlation",
         "student",
         "the scores go by length: compare rollout_length with teacher_length, and cut or filter "
         "the teacher's responses to like lengths",
     ),
-    _Rule(
+    Rule(
         "truncation",
         "rollout_truncation",
         "student",
         "rollouts run into the token limit: raise data.max_response_tokens or warm up for longer",
     ),
-    _Rule(
+    Rule(
         "repetition",
         "repetition",
         "student",
         "rollouts loop: lower the student's learning rate, or raise game.kl_coef",
     ),
-    _Rule(
+    Rule(
         "zero_variance",
         "zero_variance_groups",
         "student",
         "whole groups score alike and give no gradient: raise rollout.temperature or group_size, "
         "or stop here",
     ),
-    _Rule(
+    Rule(
         "kl",
         "kl",
         "student",
         "the student leaves what warm-up has made: lower its learning rate or raise game.kl_coef",
         stages=("game",),
     ),
-    _Rule(
+    Rule(
         "engine_gap",
         "engine_gap",
         "student",
@@ -155,7 +157,7 @@ class Health:
         self._windows |= {name: list(window) for name, window in state["windows"].items()}
         self._raised = set(state["raised"])
 
-    def _watch(self, rule: _Rule) -> Watch:
+    def _watch(self, rule: Rule) -> Watch:
         watch = getattr(self._settings, rule.name)
         assert isinstance(watch, Watch), rule.name
         return watch
@@ -204,7 +206,7 @@ def _is_on(watch: Watch, step: int) -> bool:
     return watch.action != "off" and step <= getattr(watch, "within", step)
 
 
-def _alarm(rule: _Rule, watch: Watch, window: Sequence[float]) -> Alarm | None:
+def _alarm(rule: Rule, watch: Watch, window: Sequence[float]) -> Alarm | None:
     if len(window) < watch.window:
         return None
     mean = sum(window) / len(window)
