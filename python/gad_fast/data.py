@@ -56,6 +56,15 @@ def load_prompt_set(settings: DataSettings, codec: TextCodec) -> PromptSet:
     )
 
 
+def digest(prompts: PromptSet) -> str:
+    """A hash of all prompts and teacher responses in tokens, in their order."""
+    state = hashlib.blake2b(digest_size=16)
+    for example in (*prompts.train, *prompts.validation):
+        for ids in (example.prompt_ids, example.teacher.ids):
+            state.update(len(ids).to_bytes(8, "little") + ids.tobytes())
+    return state.hexdigest()
+
+
 def read_examples(source: str, settings: DataSettings) -> list[Example]:
     """The rows of a JSONL or Parquet file, or of a Hub dataset.
 

@@ -6,16 +6,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import datasets
-import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, set_seed
 from transformers.utils import logging as transformers_logging
 
 from gad_fast.config import Recipe
-from gad_fast.data import BatchStream, PromptSet, load_prompt_set
+from gad_fast.data import BatchStream, PromptSet, digest, load_prompt_set
+from gad_fast.errors import CheckpointError
 from gad_fast.evaluation.validation import Validation, validate
-from gad_fast.game.loop import Game, Opponent, play, sampling_of
+from gad_fast.game.gates import pass_gates
+from gad_fast.game.loop import Figures, Game, Opponent, play, sampling_of
 from gad_fast.game.optim import PlayerOptimizer
 from gad_fast.game.plan import Plan, make_plan
+from gad_fast.game.state import checkpoint_bytes, restore
 from gad_fast.game.symmetry import check_symmetry
 from gad_fast.game.warmup import imitate_only, warm_up
 from gad_fast.models.discriminator import Discriminator, load_discriminator
@@ -24,10 +26,13 @@ from gad_fast.models.student import Student, load_student
 from gad_fast.rollout.engine import RolloutEngine
 from gad_fast.rollout.groups import sample_groups
 from gad_fast.rollout.reference import ReferenceEngine
-from gad_fast.run.checkpoint import Writers, export
+from gad_fast.run.checkpoint import read_state, require_space, set_aside_after
+from gad_fast.run.complete import Writers, export
 from gad_fast.run.display import Display
 from gad_fast.run.folder import RunFolder
+from gad_fast.run.health import Health
 from gad_fast.run.recorder import Recorder
+from gad_fast.run.resume import Start, find_start
 from gad_fast.text import TextCodec
 
 NUM_SYMMETRY_GROUPS = 4
@@ -53,30 +58,36 @@ class Inputs:
     batches: BatchStream
     precision: Precision
     plan: Plan
+    data_digest: str
 
 
-def train(recipe: Recipe, *, display: Display | None = None) -> Summary:
+def train(recipe: Recipe, *, display: Display | None = None, resume: bool | None = None) -> Summary:
     """Distils a student as the recipe says.
 
     Args:
         recipe: what to do.
         display: the screen; by default the terminal.
+        resume: True goes on with the run in `recipe.output`, False starts anew in an empty folder,
+            None does what the folder is fit for.
 
     Returns:
         Validation figures before, between and after the stages; the models are in
         `recipe.output`, as `student/` and `discriminator/`.
 
     Raises:
-        GadFastError: the recipe does not fit its data or models, or a loss stopped being finite.
-        Interrupted: Ctrl-C; a checkpoint was written.
+        GadFastError: the recipe does not fit its data, its models or the run in its folder, a loss
+            stopped being finite, a checkpoint could not be written, or an alarm stopped the run.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
     display = display or Display()
-    RunFolder.require_free(recipe.output)
-    torch.manual_seed(recipe.seed)
+    start = find_start(recipe, resume=resume, say=display.say)
+    set_seed(recipe.seed % 2**32)
     inputs = load_inputs(recipe)
+    _require_same_data(inputs, start)
     show_plan(recipe, inputs, display)
-    game = set_up(recipe, inputs, display)
+    game = set_up(recipe, inputs, display, start)
     with game.recorder:
+        _go_on(game, start)
         return _run(game, inputs)
 
 
@@ -105,11 +116,11 @@ def load_inputs(recipe: Recipe) -> Inputs:
     prompts = load_prompt_set(recipe.data, codec)
     batches = BatchStream(prompts.train, batch_size=recipe.batch.prompts_per_step, seed=recipe.seed)
     plan = make_plan(recipe, prompts, config, precision)
-    return Inputs(codec, config, prompts, batches, precision, plan)
+    return Inputs(codec, config, prompts, batches, precision, plan, digest(prompts))
 
 
-def set_up(recipe: Recipe, inputs: Inputs, display: Display) -> Game:
-    """Models, optimizers and engine, with the symmetry check; makes the run folder at the end."""
+def set_up(recipe: Recipe, inputs: Inputs, display: Display, start: Start) -> Game:
+    """Models, optimizers and engine, with the symmetry check; opens the run folder at the end."""
     precision, codec = inputs.precision, inputs.codec
     student = load_student(recipe, precision)
     _say_layout(display, "student", student)
@@ -121,11 +132,10 @@ def set_up(recipe: Recipe, inputs: Inputs, display: Display) -> Game:
     )
     engine.start()
     opponent = None
-    writers: Writers = {"student": lambda folder: student.save(folder, codec)}
     if recipe.method == "gad":
         opponent = _opponent(recipe, inputs, student, engine)
         _say_layout(display, "discriminator", opponent.discriminator)
-        writers["discriminator"] = opponent.discriminator.save
+    logs = {} if start.checkpoint is None else read_state(start.checkpoint)["logs"]
     return Game(
         recipe=recipe,
         codec=codec,
@@ -136,8 +146,29 @@ def set_up(recipe: Recipe, inputs: Inputs, display: Display) -> Game:
         opponent=opponent,
         engine=engine,
         batches=iter(inputs.batches),
-        recorder=Recorder(RunFolder.create(recipe), display, recipe.run, writers),
+        recorder=Recorder(RunFolder(recipe, logs), display, recipe.run),
+        health=Health(recipe.health),
+        data_digest=inputs.data_digest,
+        validate=lambda game: measure(game, inputs),
     )
+
+
+def _require_same_data(inputs: Inputs, start: Start) -> None:
+    if start.checkpoint is not None and read_state(start.checkpoint)["data"] != inputs.data_digest:
+        raise CheckpointError(
+            f"the data is not what {start.checkpoint.name} was trained on (put the rows and the "
+            f"tokenizer back, or start anew with another --output)"
+        )
+
+
+def _go_on(game: Game, start: Start) -> None:
+    """Takes the game to where its run has got to, or checks that its checkpoints will fit."""
+    require_space(game.recipe.output, checkpoint_bytes(game))
+    if not start.keeps_rollouts:
+        game.recorder.journal.clear()
+    if start.checkpoint is not None:
+        restore(game, start.checkpoint)
+    set_aside_after(game.recipe.output, game.steps_done)
 
 
 def _say_layout(display: Display, name: str, player: Student | Discriminator) -> None:
@@ -166,23 +197,47 @@ def show_plan(recipe: Recipe, inputs: Inputs, display: Display) -> None:
 
 
 def _run(game: Game, inputs: Inputs) -> Summary:
-    plan, validations = inputs.plan, {"start": _validate(game, inputs)}
-    if game.opponent is None:
-        imitate_only(game, plan.warmup_steps)
-    else:
-        warm_up(game, plan.warmup_steps)
-    validations["warm-up"] = _validate(game, inputs)
+    plan = inputs.plan
+    _validate(game, inputs, "start")
+    if game.stage in ("", "warmup"):
+        (imitate_only if game.opponent is None else warm_up)(game, plan.warmup_steps)
+    _validate(game, inputs, "warm-up")
     if plan.game_steps:
+        if game.stage != "game":
+            pass_gates(game, lambda: measure(game, inputs))
         play(game, plan.game_steps)
-        validations["game"] = _validate(game, inputs)
-    export(game.recipe.output, game.recorder.writers)
+        _validate(game, inputs, "game")
+    return _finish(game)
+
+
+def _finish(game: Game) -> Summary:
+    """Writes the models, and marks the run as finished."""
+    output, opponent = game.recipe.output, game.opponent
+    writers: Writers = {"student": lambda folder: game.student.save(folder, game.codec)}
+    if opponent is not None:
+        writers["discriminator"] = opponent.discriminator.save
+    game.recorder.wait()
+    export(output, writers)
     game.engine.close()
+    game.recorder.folder.finish({"steps": game.steps_done, "validations": game.validations})
+    game.recorder.journal.clear()
+    validations = {moment: Validation(**v) for moment, v in game.validations.items()}
     _show_validations(validations, game)
-    return Summary(game.recipe.output, game.steps_done, validations)
+    return Summary(output, game.steps_done, validations)
 
 
-def _validate(game: Game, inputs: Inputs) -> Validation:
+def _validate(game: Game, inputs: Inputs, moment: str) -> None:
+    """Figures at a moment between stages, unless the run has them from before it was cut off."""
+    if moment not in game.validations:
+        game.validations[moment] = measure(game, inputs)
+        game.recorder.stop_if_asked(game.steps_done, game.snapshot)
+
+
+def measure(game: Game, inputs: Inputs) -> Figures:
     """Figures of both players on the held-out prompts, always with the same random numbers."""
+    known = game.validation_now()
+    if known is not None:
+        return known
     discriminator = game.opponent.discriminator if game.opponent else None
     groups = sample_groups(
         game.engine,
@@ -192,11 +247,11 @@ def _validate(game: Game, inputs: Inputs) -> Validation:
         seed=game.recipe.seed,
         weight_version=game.weight_version,
     )
-    result = validate(game.student, discriminator, game.codec, groups, game.recipe)
-    line = {"step": game.steps_done, "stage": "validation", **asdict(result)}
+    figures = asdict(validate(game.student, discriminator, game.codec, groups, game.recipe))
+    line = {"step": game.steps_done, "stage": "validation", **figures}
     game.recorder.folder.write_metrics(line)
-    game.recorder.stop_if_asked(game.steps_done)
-    return result
+    game.note_validation(figures)
+    return figures
 
 
 def _show_validations(validations: dict[str, Validation], game: Game) -> None:

@@ -104,7 +104,7 @@ def test_the_paper_recipe_holds_the_papers_numbers() -> None:
             assert (rate.peak, rate.schedule, rate.ramp_steps) == (1e-6, "constant", 0)
     assert (recipe.warmup.epochs, recipe.game.epochs) == (1, 2)
     assert recipe.warmup.discriminator_only_steps == 9
-    assert recipe.run.checkpoint_every == 50
+    assert recipe.run.checkpoint_every_steps == 50
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)

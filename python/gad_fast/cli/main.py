@@ -15,7 +15,8 @@ usage: gad-fast COMMAND ...
 Distils a language model from a teacher that can only be asked for text.
 
 commands:
-  train RECIPE.toml [--a.b value ...] [--dry-run]   play the game that a recipe describes
+  train RECIPE.toml [--a.b value ...] [--dry-run]   play the game that a recipe describes, or go on
+                    [--resume | --fresh]            with an unfinished run in its output folder
   cache info CACHE                                  what a cache of teacher responses holds
   cache verify CACHE                                check every row of it
   cache export CACHE OUTPUT                         write it to a .jsonl or .parquet file

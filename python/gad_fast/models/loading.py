@@ -106,9 +106,7 @@ def _fresh_head(scorer: Any, model: Any) -> nn.Linear:
     weight: Tensor = model.get_input_embeddings().weight
     dtype = torch.promote_types(weight.dtype, torch.float32)
     has_bias = scorer.score.bias is not None
-    head = nn.Linear(
-        scorer.score.in_features, 1, bias=has_bias, device=weight.device, dtype=dtype
-    )
+    head = nn.Linear(scorer.score.in_features, 1, bias=has_bias, device=weight.device, dtype=dtype)
     nn.init.normal_(head.weight, std=scorer.config.get_text_config().initializer_range)
     if has_bias:
         nn.init.zeros_(head.bias)
