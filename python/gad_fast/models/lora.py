@@ -115,7 +115,9 @@ class Adapter:
 
     def frozen_copy(self, name: str) -> Adapter:
         """A further adapter of the set with the weights that this one has, never to be trained."""
-        copy = self.adapters.add(name, is_trainable=False)
+        # Its first weights are drawn and then replaced: no later draw may notice.
+        with torch.random.fork_rng():
+            copy = self.adapters.add(name, is_trainable=False)
         copy.load_state(self.state())
         return copy
 
