@@ -197,7 +197,7 @@ def newer_cache(path: Path) -> None:
     [
         (lambda path: path.write_bytes(b"remember the milk" * 1000), "is no teacher cache"),
         (other_database, "another program's"),
-        (newer_cache, r"format 3, .* up to 1 \(upgrade"),
+        (newer_cache, r"format 3, .* up to 2 \(upgrade"),
         (lambda path: path.mkdir(), "no file"),
         (lambda path: os.mkfifo(path), "no file"),
     ],
@@ -400,7 +400,7 @@ def test_info_tells_the_sizes(path: Path) -> None:
         fill(cache, 10)
         cache.put(request(0, teacher="other"), response(0))
     info = cache_command.info(path)
-    assert (info.path, info.format_version) == (path, 1)
+    assert (info.path, info.format_version) == (path, 2)
     assert (info.num_responses, info.num_prompts) == (11, 10)
     assert info.teachers == ["gpt-5-chat", "other"]
     assert not info.has_dictionary

@@ -40,15 +40,15 @@ impl Reader {
     }
 
     /// The response of a request.
-    pub(super) fn get(&self, key: &Key) -> Result<Option<Response>> {
-        self.with_connection(|connection| connection.response(key))
+    pub(super) fn get(&self, request: &Request) -> Result<Option<Response>> {
+        self.with_connection(|connection| connection.response(request))
     }
 
-    pub(super) fn contains(&self, key: &Key) -> Result<bool> {
+    pub(super) fn contains(&self, request: &Request) -> Result<bool> {
         self.with_connection(|connection| {
             connection
-                .prepare_cached("SELECT 1 FROM responses WHERE key = ?1")?
-                .exists([key.0])
+                .prepare_cached(CONTAINS)?
+                .exists((prompt_hash(&request.messages), Key::of(request).0))
                 .map_err(Fault::from)
         })
     }
@@ -138,9 +138,12 @@ impl Fault {
     }
 }
 
-const SELECT_RESPONSE: &str = "SELECT id, key, finish_reason, num_prompt_tokens, \
-     num_response_tokens, cost, created, flags, hash, compression, data \
-     FROM responses WHERE key = ?1";
+const CONTAINS: &str = "SELECT 1 FROM prompts p JOIN responses r ON r.prompt_id = p.id \
+     WHERE p.hash = ?1 AND r.key = ?2";
+
+const SELECT_RESPONSE: &str = "SELECT r.id, r.key, r.finish_reason, r.num_prompt_tokens, \
+     r.num_response_tokens, r.cost, r.created, r.flags, r.hash, r.compression, r.data \
+     FROM prompts p JOIN responses r ON r.prompt_id = p.id WHERE p.hash = ?1 AND r.key = ?2";
 
 const SELECT_ENTRY: &str = "SELECT r.id, r.key, r.finish_reason, r.num_prompt_tokens, \
      r.num_response_tokens, r.cost, r.created, r.flags, r.hash, r.compression, r.data, \
@@ -170,17 +173,18 @@ impl ReadConnection {
         })
     }
 
-    fn response(&mut self, key: &Key) -> std::result::Result<Option<Response>, Fault> {
+    fn response(&mut self, request: &Request) -> std::result::Result<Option<Response>, Fault> {
+        let key = Key::of(request);
         let Self {
             connection,
             unpacker,
         } = self;
         let mut statement = connection.prepare_cached(SELECT_RESPONSE)?;
         let response = statement
-            .query_row([key.0], |row| {
+            .query_row((prompt_hash(&request.messages), key.0), |row| {
                 let id = row.get(0)?;
                 Ok(read_response(connection, unpacker, row)
-                    .and_then(|(stored, response)| check_key(stored, *key).map(|()| response))
+                    .and_then(|(stored, response)| check_key(stored, key).map(|()| response))
                     .map_err(|reason| Fault::Damage { id, reason }))
             })
             .optional()?;
@@ -289,4 +293,32 @@ fn value<T: rusqlite::types::FromSql>(
 
 fn cell<'a>(row: &'a Row<'_>, column: usize) -> std::result::Result<ValueRef<'a>, String> {
     row.get_ref(column).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+    use super::*;
+    use crate::cache::schema::open_for_writing;
+
+    #[test]
+    fn a_look_up_searches_indices_and_scans_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let connection = open_for_writing(&folder.path().join("cache")).unwrap();
+        for statement in [CONTAINS, SELECT_RESPONSE] {
+            let plan: Vec<String> = connection
+                .prepare(&format!("EXPLAIN QUERY PLAN {statement}"))
+                .unwrap()
+                .query_map(([0; 16], [0; 32]), |row| row.get(3))
+                .unwrap()
+                .collect::<rusqlite::Result<_>>()
+                .unwrap();
+            assert_eq!(plan.len(), 2, "{plan:?}");
+            assert!(
+                plan.iter().all(|step| step.starts_with("SEARCH")),
+                "{plan:?}"
+            );
+        }
+    }
 }
