@@ -258,6 +258,36 @@ def test_deep_nesting_is_refused(path: Path) -> None:
         cache.put(request(0, sampling={"x": deep}), response(0))
 
 
+@pytest.mark.parametrize("depth", [1, 61, 62, 63, 64, 65, 100])
+def test_a_nested_value_has_one_key_whichever_encoder_reads_it(depth: int) -> None:
+    class Mapping(dict):  # no exact built-in type: Python's encoder reads it
+        pass
+
+    value: Any = {"b": [1, 2.5, None, True, "é\n"], "a": -(2**63)}
+    for level in range(depth):
+        value = {"x": value} if level % 2 else [value]
+    ours, pythons = request(0, sampling={"x": value}), request(0, sampling=Mapping(x=value))
+    assert ours.key == pythons.key
+
+
+def test_a_chat_of_many_turns_comes_back(path: Path) -> None:
+    turns = [{"role": "user", "content": f"turn {i}", "score": i / 7} for i in range(50_000)]
+    with TeacherCache.open(path) as cache:
+        assert cache.put(request(0, messages=turns), response(0))
+        assert asyncio.run(cache.aput(request(0, messages=turns), response(1))) is False
+        (row,) = cache
+    assert row.request.messages == turns
+    assert row.response == response(0)
+
+
+def test_a_chat_longer_than_a_row_may_be_is_refused(path: Path) -> None:
+    turns = [{"role": "user", "content": "x" * 2**16}] * 2**10
+    with TeacherCache.open(path) as cache:
+        with pytest.raises(CacheError, match="messages cannot be stored: it has 67"):
+            cache.put(request(0, messages=turns), response(0))
+        assert len(cache) == 0
+
+
 def test_texts_of_all_kinds_come_back(path: Path) -> None:
     texts = ["", "\x00", "a\r\n", "👩‍👩‍👧‍👦" * 1000, "e\u0301 é", "x" * 3_000_000, '"\\\u2028']
     with TeacherCache.open(path) as cache:
