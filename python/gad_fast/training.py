@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 from gad_fast.config import Recipe
 from gad_fast.data import BatchStream, PromptSet, load_prompt_set
 from gad_fast.evaluation.validation import Validation, validate
-from gad_fast.game.loop import Game, Opponent, play, sampling_of
+from gad_fast.game.loop import Game, Opponent, plan_of, play
 from gad_fast.game.optim import PlayerOptimizer
 from gad_fast.game.plan import Plan, make_plan
 from gad_fast.game.symmetry import check_symmetry
@@ -21,9 +21,10 @@ from gad_fast.game.warmup import imitate_only, warm_up
 from gad_fast.models.discriminator import Discriminator, load_discriminator
 from gad_fast.models.loading import Precision, load_config, require_context
 from gad_fast.models.student import Student, load_student
-from gad_fast.rollout.engine import RolloutEngine
+from gad_fast.rollout.endings import Endings
+from gad_fast.rollout.engine import Capacity, RolloutEngine
 from gad_fast.rollout.groups import sample_groups
-from gad_fast.rollout.reference import ReferenceEngine
+from gad_fast.rollout.making import start_engine
 from gad_fast.run.checkpoint import Writers, export
 from gad_fast.run.display import Display
 from gad_fast.run.folder import RunFolder
@@ -113,10 +114,7 @@ def set_up(recipe: Recipe, inputs: Inputs, display: Display) -> Game:
     precision, codec = inputs.precision, inputs.codec
     student = load_student(recipe, precision)
     _say_layout(display, "student", student)
-    engine = ReferenceEngine(
-        student.model, precision, end_id=codec.end_id, max_sequences=recipe.rollout.max_sequences
-    )
-    engine.start()
+    engine = _engine(recipe, student, codec, display)
     opponent = None
     writers: Writers = {"student": lambda folder: student.save(folder, codec)}
     if recipe.method == "gad":
@@ -132,6 +130,20 @@ def set_up(recipe: Recipe, inputs: Inputs, display: Display) -> Game:
         engine=engine,
         batches=iter(inputs.batches),
         recorder=Recorder(RunFolder.create(recipe), display, recipe.run, writers),
+    )
+
+
+def _engine(recipe: Recipe, student: Student, codec: TextCodec, display: Display) -> RolloutEngine:
+    settings = recipe.rollout
+    return start_engine(
+        settings.engine,
+        student.model,
+        student.precision,
+        endings=Endings(codec.end_id),
+        capacity=Capacity(
+            settings.max_sequences, settings.max_cached_tokens, recipe.data.max_tokens
+        ),
+        say=display.say,
     )
 
 
@@ -182,10 +194,7 @@ def _validate(game: Game, inputs: Inputs) -> Validation:
     groups = sample_groups(
         game.engine,
         inputs.prompts.validation,
-        group_size=1,
-        sampling=game.sampling,
-        seed=game.recipe.seed,
-        weight_version=game.weight_version,
+        plan_of(game.recipe, group_size=1, seed=game.recipe.seed, version=game.weight_version),
     )
     result = validate(game.student, discriminator, game.codec, groups, game.recipe)
     line = {"step": game.steps_done, "stage": "validation", **asdict(result)}
@@ -225,8 +234,6 @@ def _check_symmetry(
     # The longest teacher response is among the prompts: cut ones must be alike as well.
     by_length = sorted(inputs.prompts.train, key=lambda prompt: len(prompt.teacher))
     prompts = [*by_length[: NUM_SYMMETRY_GROUPS - 1], by_length[-1]]
-    sampling = sampling_of(recipe)
-    groups = sample_groups(
-        engine, prompts, group_size=1, sampling=sampling, seed=recipe.seed, weight_version=0
-    )
-    check_symmetry(discriminator, inputs.codec, groups, sampling)
+    plan = plan_of(recipe, group_size=1, seed=recipe.seed, version=0)
+    groups = sample_groups(engine, prompts, plan)
+    check_symmetry(discriminator, inputs.codec, groups, plan.sampling)

@@ -181,7 +181,7 @@ def test_rollouts_of_a_broken_student_end_in_the_engines_words(tmp_path: Path) -
     with torch.no_grad():
         model.lm_head.weight[7] = float("nan")
     model.save_pretrained(tmp_path / "student")
-    with pytest.raises(EngineError, match=r"generate failed on \d+ rollouts: probability tensor"):
+    with pytest.raises(EngineError, match="the student's logits are not finite"):
         train(tiny.recipe(tmp_path))
     assert not (tmp_path / "run").exists()
 

@@ -23,7 +23,8 @@ from gad_fast.models.discriminator import Discriminator
 from gad_fast.models.student import Student
 from gad_fast.records import EncodedExample, Group
 from gad_fast.rollout.engine import ModuleWeights, RolloutEngine, Sampling
-from gad_fast.rollout.groups import sample_groups
+from gad_fast.rollout.groups import GroupPlan, GroupsError, sample_groups
+from gad_fast.rollout.probe import probe
 from gad_fast.run.recorder import Recorder
 from gad_fast.run.stopwatch import Stopwatch
 from gad_fast.text import TextCodec
@@ -56,11 +57,6 @@ class Game:
     steps_done: int = 0
     weight_version: int = 0
 
-    @property
-    def sampling(self) -> Sampling:
-        """How rollouts are drawn."""
-        return sampling_of(self.recipe)
-
     def begin_stage(self, name: str, settings: StageSettings, num_steps: int) -> None:
         """Starts the schedules of a stage, and its progress bar."""
         self.student_optimizer.begin_stage(settings.student, num_steps)
@@ -77,9 +73,11 @@ class Game:
         self.recorder.finish_step(self.steps_done, step.summary(), step.samples())
 
 
-def sampling_of(recipe: Recipe) -> Sampling:
+def plan_of(recipe: Recipe, *, group_size: int, seed: int, version: int) -> GroupPlan:
     """How the rollouts of a recipe are drawn."""
-    return Sampling(recipe.rollout.temperature, recipe.data.max_response_tokens)
+    settings = recipe.rollout
+    sampling = Sampling(settings.temperature, recipe.data.max_response_tokens)
+    return GroupPlan(group_size, sampling, seed, version, settings.timeout_seconds)
 
 
 @dataclass
@@ -96,16 +94,20 @@ class Step:
     def sample(self) -> None:
         """Samples a group of rollouts for each prompt."""
         game = self.game
+        plan = plan_of(
+            game.recipe,
+            group_size=game.recipe.rollout.group_size,
+            seed=game.recipe.seed * 1_000_003 + game.steps_done,
+            version=game.weight_version,
+        )
         with self._watch.phase("rollout"):
-            self.groups = sample_groups(
-                game.engine,
-                self.prompts,
-                group_size=game.recipe.rollout.group_size,
-                sampling=game.sampling,
-                seed=game.recipe.seed * 1_000_003 + game.steps_done,
-                weight_version=game.weight_version,
-            )
+            try:
+                self.groups = sample_groups(game.engine, self.prompts, plan)
+            except GroupsError as error:
+                message = f"no rollouts in step {game.steps_done + 1}: {error}"
+                raise GroupsError(message, error.found) from error
         self.metrics |= length_metrics(self.groups)
+        self._probe()
 
     def train_discriminator(self) -> Tensor:
         """Updates the discriminator; returns the rollouts' scores before that, Float [B, G]."""
@@ -179,6 +181,22 @@ class Step:
         if self.groups:
             return sum(len(rollout) for group in self.groups for rollout in group.rollouts)
         return sum(len(prompt.teacher) for prompt in self.prompts)
+
+    def _probe(self) -> None:
+        """Asks, when it is due, whether the engine samples from the student."""
+        game = self.game
+        settings = game.recipe.rollout
+        if game.engine.caps.in_place and game.steps_done % settings.probe_every:
+            return
+        with self._watch.phase("probe"):
+            gap = probe(
+                game.student,
+                self.groups,
+                temperature=settings.temperature,
+                token_budget=game.recipe.batch.tokens_per_micro_batch,
+            )
+        if gap is not None:
+            self.metrics["engine_gap"] = gap.mean
 
     def _sync_weights(self) -> None:
         game = self.game
