@@ -67,7 +67,7 @@ def test_a_right_engine_passes_in_bfloat16() -> None:
     student = Student(llama(), precision)
     found = gap(student, groups_of(make(StaticEngine, student.model, precision=precision)))
     assert found is not None
-    assert 1e-5 < found < 0.06
+    assert 1e-5 < found < 0.1
 
 
 def test_an_engine_without_logprobs_is_not_probed() -> None:

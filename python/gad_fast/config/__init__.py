@@ -5,6 +5,7 @@ torch, so that `gad-fast --help` is quick and a recipe can be checked on any mac
 """
 
 from gad_fast.config.data import DataSettings
+from gad_fast.config.generate import GenerateSettings
 from gad_fast.config.learning import (
     BatchSettings,
     GameSettings,
@@ -23,6 +24,7 @@ __all__ = [
     "DataSettings",
     "DiscriminatorSettings",
     "GameSettings",
+    "GenerateSettings",
     "HardwareSettings",
     "LearningRateSettings",
     "OptimizerSettings",

@@ -8,11 +8,13 @@ from pydantic import Field
 
 from gad_fast.config.base import Settings
 
+EngineName = Literal["static", "continuous", "reference"]
+
 
 class RolloutSettings(Settings):
     """How the student samples."""
 
-    engine: Literal["static", "continuous", "reference"] = "static"
+    engine: EngineName = "static"
     """All three sample from the student's live weights: `static` with a preallocated cache whose
     rows are refilled, `continuous` with transformers' continuous batching, `reference` with its
     `generate`. A model that `static` cannot take goes to the next one, and the run says so."""

@@ -28,11 +28,12 @@ class Gap(NamedTuple):
     largest: float
 
 
-# What roundings of a dtype make of the mean and of the largest gap, several times over.
+# Three to a hundred times what roundings make of a model of 30 layers: 3e-6 and 2e-5 in float32,
+# 4e-2 and 3e-1 in bfloat16. In float32 an update of 1e-5 a weight that is missed makes 6e-4.
 _BOUNDS = {
     torch.float64: Gap(1e-6, 1e-4),
-    torch.float32: Gap(1e-3, 2e-2),
-    torch.bfloat16: Gap(6e-2, 1.5),
+    torch.float32: Gap(3e-4, 1e-2),
+    torch.bfloat16: Gap(1e-1, 2.0),
 }
 
 

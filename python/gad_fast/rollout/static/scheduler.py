@@ -2,9 +2,8 @@
 
 Active rollouts are rows 0 to `num_active - 1`. When one finishes, the last active row moves into
 its place; when enough rows are free, waiting rollouts enter behind the active ones. A row keeps
-its prompt's keys and values while the rollout in it grows, and even after it has left: a rollout
-that enters takes them from any row of its group, so that a prompt is computed once while its group
-is in.
+its prompt's keys and values as long as a rollout is in it, so that the prompt is computed once for
+all rollouts that enter meanwhile.
 """
 
 from __future__ import annotations
@@ -141,7 +140,8 @@ class Scheduler:
     def _enter(self) -> Entry:
         row, rollout = self.num_active, self._waiting.popleft()
         request = rollout.request
-        sources = (at for at, held in enumerate(self._prompts) if held is request)
+        # Other free rows may hold the prompt too, but may be overwritten before it is copied.
+        sources = (at for at, held in enumerate(self._prompts[:row]) if held is request)
         entry = Entry(row, rollout, row if self._prompts[row] is request else next(sources, None))
         self._active.append(rollout)
         self._prompts[row] = request
