@@ -225,6 +225,7 @@ def test_models_whose_cache_is_no_row_of_keys_and_values_fall_back_and_say_so() 
     ).eval()
     for model, expected, reason in (
         (mistral(3), ContinuousEngine, "a window of 3 tokens, and sequences have up to 16"),
+        (mistral(1), ReferenceEngine, "a window of 1 tokens"),
         (mamba, ReferenceEngine, "its cache is not one of keys and values"),
         (mistral(16), StaticEngine, None),
     ):

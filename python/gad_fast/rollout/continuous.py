@@ -16,6 +16,7 @@ from transformers import ContinuousBatchingConfig, PreTrainedModel
 
 from gad_fast.errors import EngineError
 from gad_fast.models.loading import Precision
+from gad_fast.records import Ids, Logprobs
 from gad_fast.rollout.endings import Endings
 from gad_fast.rollout.engine import (
     Capacity,
@@ -35,6 +36,10 @@ BLOCK_SIZE = 32
 BATCH_TOKENS = 2048
 """At most so many tokens, prompts' and new ones together, in one forward pass."""
 
+# How far, in nats, log-probabilities made in two ways may be apart.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_COARSE = 0.3
+
 
 class ContinuousEngine:
     """Samples with transformers' `generate_batch`, whose manager lives for one call.
@@ -53,9 +58,20 @@ class ContinuousEngine:
         self._weight_version = 0
 
     def start(self) -> None:
-        """Raises EngineError when the model cannot be batched; one short answer is sampled."""
-        prompt = np.zeros(2, dtype=np.int32)
-        list(self.generate([GenRequest(0, prompt, 1, Sampling(0.0, 2), seed=0)]))
+        """Raises EngineError when a short answer fails, or its log-probabilities are wrong."""
+        # transformers' cache of a window of one token keeps all tokens, for instance.
+        embeddings: Any = self._model.get_input_embeddings()
+        random = np.random.default_rng(0)
+        prompt = random.integers(embeddings.num_embeddings, size=6).astype(np.int32)
+        (output,) = self.generate([GenRequest(0, prompt, 1, Sampling(0.0, 5), seed=0)])
+        expected = self._dense_logprobs(prompt, output)
+        assert output.logprobs is not None
+        gap = np.abs(expected - output.logprobs).max()
+        limit = _TOLERANCE.get(self._model.dtype, _COARSE)
+        if np.isfinite(expected).all() and not gap <= limit:
+            raise EngineError(
+                f"its log-probabilities are {gap:.1e} nats off a whole pass (over {limit:.0e})"
+            )
 
     def generate(self, requests: Sequence[GenRequest]) -> Iterator[GenOutput]:
         """Rollouts of all requests as they finish."""
@@ -126,6 +142,16 @@ class ContinuousEngine:
             return_logprobs=True,
             seed=stream_key(first.seed, first.group_id, 0) % 2**63,
         )
+
+    def _dense_logprobs(self, prompt: Ids, output: GenOutput) -> Logprobs:
+        """The same without a cache, at temperature 1."""
+        new = output.response.ids.astype(np.int64)
+        row = torch.from_numpy(np.concatenate([prompt, new])).to(self._precision.device)
+        model: Any = self._model
+        with torch.no_grad():
+            logits = model(input_ids=row[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
+        logprobs = logits.float().log_softmax(-1).gather(-1, row[len(prompt) :, None])
+        return logprobs[:, 0].cpu().numpy()
 
     def _output(self, result: Any, request: GenRequest, index: int) -> GenOutput:
         if result.error is not None:
