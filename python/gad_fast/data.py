@@ -72,7 +72,7 @@ def read_examples(source: str, settings: DataSettings) -> list[Example]:
         DataError: the source cannot be read, or a row has no prompt or no teacher response.
     """
     rows = _load(source)
-    prompt_column = _prompt_column(source, rows.column_names, settings)
+    prompt_column = _prompt_column(source, rows.column_names, settings.prompt_column)
     if settings.response_column not in rows.column_names:
         raise DataError(
             f"{source} has no column {settings.response_column!r}, only "
@@ -85,6 +85,21 @@ def read_examples(source: str, settings: DataSettings) -> list[Example]:
             teacher_response=_response(row, f"row {number} of {source}", settings),
         )
         for number, row in enumerate(cast("list[dict[str, Any]]", columns.to_list()), start=1)
+    ]
+
+
+def read_prompts(source: str, prompt_column: str | None) -> list[list[Message]]:
+    """The prompts alone of a JSONL or Parquet file, or of a Hub dataset.
+
+    Raises:
+        DataError: the source cannot be read, or a row has no prompt.
+    """
+    rows = _load(source)
+    column = _prompt_column(source, rows.column_names, prompt_column)
+    values = cast("list[Any]", rows[column][:])
+    return [
+        _messages(value, f"row {number} of {source}", column)
+        for number, value in enumerate(values, start=1)
     ]
 
 
@@ -150,14 +165,14 @@ def _load(source: str) -> datasets.Dataset:
         raise DataError(f"cannot read {source}: {_root_cause(error)}") from error
 
 
-def _prompt_column(source: str, columns: list[str], settings: DataSettings) -> str:
-    wanted = (settings.prompt_column,) if settings.prompt_column else _PROMPT_COLUMNS
+def _prompt_column(source: str, columns: list[str], name: str | None) -> str:
+    wanted = (name,) if name else _PROMPT_COLUMNS
     for column in wanted:
         if column in columns:
             return column
     raise DataError(
         f"{source} has no column {' or '.join(map(repr, wanted))}, only {', '.join(columns)} "
-        f"(name the right one in data.prompt_column)"
+        f"(name the right one as prompt_column)"
     )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int32]
+Logprobs = NDArray[np.float32]
 
 
 class Message(TypedDict):
@@ -105,3 +106,5 @@ class Group:
     prompt: EncodedExample
     rollouts: list[Response]
     """`group_size` responses of the student."""
+    logprobs: list[Logprobs] | None = None
+    """The engine's own, Float32 [R] of each rollout; None where it gives none."""

@@ -14,7 +14,7 @@ from gad_fast.data import BatchStream, PromptSet, digest, load_prompt_set
 from gad_fast.errors import CheckpointError
 from gad_fast.evaluation.validation import Validation, validate
 from gad_fast.game.gates import pass_gates
-from gad_fast.game.loop import Figures, Game, Opponent, play, sampling_of
+from gad_fast.game.loop import Figures, Game, Opponent, plan_of, play
 from gad_fast.game.optim import PlayerOptimizer
 from gad_fast.game.plan import Plan, make_plan
 from gad_fast.game.state import checkpoint_bytes, restore
@@ -23,9 +23,10 @@ from gad_fast.game.warmup import imitate_only, warm_up
 from gad_fast.models.discriminator import Discriminator, load_discriminator
 from gad_fast.models.loading import Precision, load_config, require_context
 from gad_fast.models.student import Student, load_student
-from gad_fast.rollout.engine import RolloutEngine
+from gad_fast.rollout.endings import Endings
+from gad_fast.rollout.engine import Capacity, RolloutEngine
 from gad_fast.rollout.groups import sample_groups
-from gad_fast.rollout.reference import ReferenceEngine
+from gad_fast.rollout.making import start_engine
 from gad_fast.run.checkpoint import read_state, require_space, set_aside_after
 from gad_fast.run.complete import Writers, export
 from gad_fast.run.display import Display
@@ -124,13 +125,7 @@ def set_up(recipe: Recipe, inputs: Inputs, display: Display, start: Start) -> Ga
     precision, codec = inputs.precision, inputs.codec
     student = load_student(recipe, precision)
     _say_layout(display, "student", student)
-    engine = ReferenceEngine(
-        student.live_model,
-        precision,
-        end_id=codec.end_id,
-        max_sequences=recipe.rollout.max_sequences,
-    )
-    engine.start()
+    engine = _engine(recipe, student, codec, display)
     opponent = None
     if recipe.method == "gad":
         opponent = _opponent(recipe, inputs, student, engine)
@@ -169,6 +164,20 @@ def _go_on(game: Game, start: Start) -> None:
     if start.checkpoint is not None:
         restore(game, start.checkpoint)
     set_aside_after(game.recipe.output, game.steps_done)
+
+
+def _engine(recipe: Recipe, student: Student, codec: TextCodec, display: Display) -> RolloutEngine:
+    settings = recipe.rollout
+    return start_engine(
+        settings.engine,
+        student.model,
+        student.precision,
+        endings=Endings(codec.end_id),
+        capacity=Capacity(
+            settings.max_sequences, settings.max_cached_tokens, recipe.data.max_tokens
+        ),
+        say=display.say,
+    )
 
 
 def _say_layout(display: Display, name: str, player: Student | Discriminator) -> None:
@@ -239,13 +248,11 @@ def measure(game: Game, inputs: Inputs) -> Figures:
     if known is not None:
         return known
     discriminator = game.opponent.discriminator if game.opponent else None
+    game.student.activate()
     groups = sample_groups(
         game.engine,
         inputs.prompts.validation,
-        group_size=1,
-        sampling=game.sampling,
-        seed=game.recipe.seed,
-        weight_version=game.weight_version,
+        plan_of(game.recipe, group_size=1, seed=game.recipe.seed, version=game.weight_version),
     )
     figures = asdict(validate(game.student, discriminator, game.codec, groups, game.recipe))
     line = {"step": game.steps_done, "stage": "validation", **figures}
@@ -274,7 +281,7 @@ def _show_validations(validations: dict[str, Validation], game: Game) -> None:
 def _opponent(recipe: Recipe, inputs: Inputs, student: Student, engine: RolloutEngine) -> Opponent:
     """The discriminator, once it is shown to see nothing but content."""
     discriminator = load_discriminator(recipe, student, inputs.codec, inputs.precision)
-    _check_symmetry(recipe, inputs, engine, discriminator)
+    _check_symmetry(recipe, inputs, student, engine, discriminator)
     optimizer = PlayerOptimizer(
         "discriminator", discriminator.trainable_parameters(), recipe.optimizer
     )
@@ -282,13 +289,16 @@ def _opponent(recipe: Recipe, inputs: Inputs, student: Student, engine: RolloutE
 
 
 def _check_symmetry(
-    recipe: Recipe, inputs: Inputs, engine: RolloutEngine, discriminator: Discriminator
+    recipe: Recipe,
+    inputs: Inputs,
+    student: Student,
+    engine: RolloutEngine,
+    discriminator: Discriminator,
 ) -> None:
     # The longest teacher response is among the prompts: cut ones must be alike as well.
     by_length = sorted(inputs.prompts.train, key=lambda prompt: len(prompt.teacher))
     prompts = [*by_length[: NUM_SYMMETRY_GROUPS - 1], by_length[-1]]
-    sampling = sampling_of(recipe)
-    groups = sample_groups(
-        engine, prompts, group_size=1, sampling=sampling, seed=recipe.seed, weight_version=0
-    )
-    check_symmetry(discriminator, inputs.codec, groups, sampling)
+    plan = plan_of(recipe, group_size=1, seed=recipe.seed, version=0)
+    student.activate()
+    groups = sample_groups(engine, prompts, plan)
+    check_symmetry(discriminator, inputs.codec, groups, plan.sampling)

@@ -43,7 +43,8 @@ def test_a_run_leaves_what_the_design_says(tmp_path: Path) -> None:
 
 def test_metrics_hold_every_step_with_the_figures_of_its_stage(tmp_path: Path) -> None:
     train(tiny.recipe(tmp_path))
-    lines = metrics(tmp_path / "run")
+    # Alarms, which so small a model may well raise, have lines of their own.
+    lines = [line for line in metrics(tmp_path / "run") if line["stage"] != "health"]
     stages = [(line["stage"], line["step"]) for line in lines]
     assert stages == [
         ("validation", 0),
@@ -181,7 +182,7 @@ def test_rollouts_of_a_broken_student_end_in_the_engines_words(tmp_path: Path) -
     with torch.no_grad():
         model.lm_head.weight[7] = float("nan")
     model.save_pretrained(tmp_path / "student")
-    with pytest.raises(EngineError, match=r"generate failed on \d+ rollouts: probability tensor"):
+    with pytest.raises(EngineError, match="the student's logits are not finite"):
         train(tiny.recipe(tmp_path))
     assert not (tmp_path / "run").exists()
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from gad_fast.cli.bench import bench
 from gad_fast.cli.cache import cache
+from gad_fast.cli.generate import generate
 from gad_fast.cli.train import train
 from gad_fast.errors import ConfigError, GadFastError
 
@@ -18,16 +19,22 @@ Distils a language model from a teacher that can only be asked for text.
 commands:
   train RECIPE.toml [--a.b value ...] [--dry-run]   play the game that a recipe describes, or go on
                     [--resume | --fresh]            with an unfinished run in its output folder
+  generate MODEL --prompts FILE --output FILE       answer prompts with a model
   cache info CACHE                                  what a cache of teacher responses holds
   cache verify CACHE                                check every row of it
   cache export CACHE OUTPUT                         write it to a .jsonl or .parquet file
   cache import CACHE SOURCE                         bring such a file into it
   bench BENCHMARK [--quick] [--output FILE.json]    time a part against its peers
 
-`gad-fast train --help` lists what a recipe may say.
+`gad-fast train --help` lists what a recipe may say, `gad-fast generate --help` its options.
 """
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "cache": cache, "bench": bench}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train,
+    "generate": generate,
+    "cache": cache,
+    "bench": bench,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

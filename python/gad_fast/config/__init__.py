@@ -5,6 +5,7 @@ torch, so that `gad-fast --help` is quick and a recipe can be checked on any mac
 """
 
 from gad_fast.config.data import DataSettings
+from gad_fast.config.generate import GenerateSettings
 from gad_fast.config.health import HealthSettings, Watch
 from gad_fast.config.learning import (
     BatchSettings,
@@ -25,6 +26,7 @@ __all__ = [
     "DataSettings",
     "DiscriminatorSettings",
     "GameSettings",
+    "GenerateSettings",
     "HardwareSettings",
     "HealthSettings",
     "LearningRateSettings",

@@ -25,7 +25,8 @@ from gad_fast.models.discriminator import Discriminator
 from gad_fast.models.student import Student
 from gad_fast.records import EncodedExample, Group
 from gad_fast.rollout.engine import ModuleWeights, RolloutEngine, Sampling
-from gad_fast.rollout.groups import sample_groups
+from gad_fast.rollout.groups import GroupPlan, GroupsError, sample_groups
+from gad_fast.rollout.probe import probe
 from gad_fast.run.checkpoint import Snapshot
 from gad_fast.run.health import Health
 from gad_fast.run.recorder import Recorder
@@ -78,11 +79,6 @@ class Game:
     """With its step."""
     accuracies: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
     """Step and held-out pair accuracy of every validation since the first step."""
-
-    @property
-    def sampling(self) -> Sampling:
-        """How rollouts are drawn."""
-        return sampling_of(self.recipe)
 
     @property
     def optimizers(self) -> dict[str, PlayerOptimizer]:
@@ -148,9 +144,11 @@ class Game:
         self.recorder.end_step(self.steps_done, self.snapshot, is_wanted=is_candidate)
 
 
-def sampling_of(recipe: Recipe) -> Sampling:
+def plan_of(recipe: Recipe, *, group_size: int, seed: int, version: int) -> GroupPlan:
     """How the rollouts of a recipe are drawn."""
-    return Sampling(recipe.rollout.temperature, recipe.data.max_response_tokens)
+    settings = recipe.rollout
+    sampling = Sampling(settings.temperature, recipe.data.max_response_tokens)
+    return GroupPlan(group_size, sampling, seed, version, settings.timeout_seconds)
 
 
 @dataclass
@@ -170,6 +168,7 @@ class Step:
         with self._watch.phase("rollout"):
             self.groups = self._journalled() or self._sampled()
         self.metrics |= length_metrics(self.groups) | {"repetition": repetition(self.groups)}
+        self._probe()
         # Nothing has changed since the step before, so the run can be left here as well.
         game.recorder.stop_if_asked(game.steps_done, game.snapshot)
 
@@ -250,17 +249,20 @@ class Step:
         return [found[index] for index in range(len(self.prompts))]
 
     def _sampled(self) -> list[Group]:
-        game = self.game
-        groups = sample_groups(
-            game.engine,
-            self.prompts,
+        game, number = self.game, self.game.steps_done + 1
+        plan = plan_of(
+            game.recipe,
             group_size=game.recipe.rollout.group_size,
-            sampling=game.sampling,
             seed=game.recipe.seed * 1_000_003 + game.steps_done,
-            weight_version=game.weight_version,
+            version=game.weight_version,
         )
-        game.recorder.journal.discard(game.steps_done + 1)
-        game.recorder.journal.append(game.steps_done + 1, groups)
+        game.student.activate()
+        try:
+            groups = sample_groups(game.engine, self.prompts, plan)
+        except GroupsError as error:
+            raise GroupsError(f"no rollouts in step {number}: {error}", error.found) from error
+        game.recorder.journal.discard(number)
+        game.recorder.journal.append(number, groups)
         return groups
 
     def _num_tokens(self) -> int:
@@ -268,6 +270,22 @@ class Step:
         if self.groups:
             return sum(len(rollout) for group in self.groups for rollout in group.rollouts)
         return sum(len(prompt.teacher) for prompt in self.prompts)
+
+    def _probe(self) -> None:
+        """Asks, when it is due, whether the engine samples from the student."""
+        game = self.game
+        settings = game.recipe.rollout
+        if game.engine.caps.in_place and game.steps_done % settings.probe_every:
+            return
+        with self._watch.phase("probe"):
+            gap = probe(
+                game.student,
+                self.groups,
+                temperature=settings.temperature,
+                token_budget=game.recipe.batch.tokens_per_micro_batch,
+            )
+        if gap is not None:
+            self.metrics["engine_gap"] = gap.mean
 
     def _sync_weights(self) -> None:
         game = self.game

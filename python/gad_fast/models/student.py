@@ -62,11 +62,10 @@ class Student(nn.Module):
         self.head_options = fuse_head(model)
         self.shares_prompts = can_share_prompts(model, max_tokens=max_tokens)
 
-    def live_model(self) -> PreTrainedModel:
-        """The model as it is now, with the student's adapter in it; what an engine samples from."""
+    def activate(self) -> None:
+        """Lets its adapter, if it has one, take part in what the model reads from now on."""
         if self.adapter is not None:
             self.adapter.activate()
-        return self.model
 
     def trainable_parameters(self) -> Iterable[nn.Parameter]:
         """What an update changes: all weights, or the adapter's."""
@@ -132,9 +131,9 @@ class Student(nn.Module):
 
     def _head(self, batch: Batch, **options: Any) -> Any:
         assert self.head_options is not None
-        model = self.live_model()
-        output: Any = model.base_model(**batch.model_inputs, use_cache=False)
-        head: Any = model.get_output_embeddings()
+        self.activate()
+        output: Any = self.model.base_model(**batch.model_inputs, use_cache=False)
+        head: Any = self.model.get_output_embeddings()
         return head(
             batch.predictors(output.last_hidden_state),
             batch.labels,
@@ -143,7 +142,8 @@ class Student(nn.Module):
         )
 
     def _logits(self, batch: Batch) -> Tensor:
-        output: Any = self.live_model()(**batch.model_inputs, use_cache=False)
+        self.activate()
+        output: Any = self.model(**batch.model_inputs, use_cache=False)
         return batch.predictors(output.logits)  # [T, V]
 
     @property

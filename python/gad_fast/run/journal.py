@@ -11,17 +11,27 @@ import shutil
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-from gad_fast.records import EncodedExample, Group, Response
+from gad_fast.records import EncodedExample, Group, Ids, Logprobs, Response
 from gad_fast.run.complete import sync
 
 _HEAD = struct.Struct("<IQ")
 """CRC-32 and length of the payload."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    index: int
+    prompt_ids: Ids
+    rollouts: list[Response]
+    logprobs: list[Logprobs] | None
 
 
 class Journal:
@@ -54,9 +64,12 @@ class Journal:
     def load(self, step: int, prompts: Sequence[EncodedExample]) -> dict[int, Group]:
         """The journalled groups of a step by place of their prompt; none of other prompts'."""
         found: dict[int, Group] = {}
-        for index, prompt_ids, rollouts in _read(self._path(step)):
-            if index < len(prompts) and np.array_equal(prompts[index].prompt_ids, prompt_ids):
-                found[index] = Group(prompts[index], rollouts)
+        for record in _read(self._path(step)):
+            index = record.index
+            if index < len(prompts) and np.array_equal(
+                prompts[index].prompt_ids, record.prompt_ids
+            ):
+                found[index] = Group(prompts[index], record.rollouts, record.logprobs)
         return found
 
     def discard(self, step: int) -> None:
@@ -79,25 +92,27 @@ class Journal:
 
 def _encode(index: int, group: Group) -> bytes:
     lengths = [len(rollout) for rollout in group.rollouts]
-    return save(
-        {
-            "index": np.array([index], dtype=np.int64),
-            "prompt": np.ascontiguousarray(group.prompt.prompt_ids),
-            "tokens": np.concatenate([rollout.ids for rollout in group.rollouts]),
-            "lengths": np.array(lengths, dtype=np.int64),
-            "finished": np.array([r.is_finished for r in group.rollouts], dtype=np.uint8),
-        }
-    )
+    record: dict[str, NDArray[Any]] = {
+        "index": np.array([index], dtype=np.int64),
+        "prompt": np.ascontiguousarray(group.prompt.prompt_ids),
+        "tokens": np.concatenate([rollout.ids for rollout in group.rollouts]),
+        "lengths": np.array(lengths, dtype=np.int64),
+        "finished": np.array([r.is_finished for r in group.rollouts], dtype=np.uint8),
+    }
+    if group.logprobs is not None:
+        record["logprobs"] = np.concatenate(group.logprobs)
+    return save(record)
 
 
-def _read(path: Path) -> Iterator[tuple[int, NDArray[np.int32], list[Response]]]:
+def _read(path: Path) -> Iterator[_Record]:
     for payload in _payloads(path.read_bytes() if path.exists() else b""):
         record = load(payload)
-        ends = np.cumsum(record["lengths"])
-        texts = np.split(record["tokens"], ends[:-1])
+        ends = np.cumsum(record["lengths"])[:-1]
+        texts = np.split(record["tokens"], ends)
+        logprobs = np.split(record["logprobs"], ends) if "logprobs" in record else None
         finished = record["finished"].astype(bool)
         rollouts = [Response(t, bool(f)) for t, f in zip(texts, finished, strict=True)]
-        yield int(record["index"][0]), record["prompt"], rollouts
+        yield _Record(int(record["index"][0]), record["prompt"], rollouts, logprobs)
 
 
 def _payloads(data: bytes) -> Iterator[bytes]:
