@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from gad_fast.errors import CheckpointError
@@ -40,26 +41,18 @@ def restore(game: Game, folder: Path) -> None:
     """Sets a new game to the state of a checkpoint.
 
     The schedules are set when the stage begins again: see `Game.begin_stage`.
+
+    Raises:
+        CheckpointError: its files are whole, but not those of such a game.
     """
-    state = read_state(folder)
-    game.student.load_weights(folder / "student")
-    game.student_optimizer.load_state_dict(read_optimizer(folder / "student_optimizer"))
-    if game.opponent is not None:
-        moments = read_optimizer(folder / "discriminator_optimizer")
-        game.opponent.discriminator.load_weights(folder / "discriminator")
-        game.opponent.optimizer.load_state_dict(moments)
-    restore_random(folder / "random")
-    for _ in range(state["batches_taken"]):
-        next(game.batches)
-    game.steps_done, game.weight_version = state["step"], state["weight_version"]
-    game.stage, game.stage_start = state["stage"], state["stage_start"]
-    game.updates_in_stage = state["updates_in_stage"]
-    game.validations = state["validations"]
-    if state["validation"] is not None:
-        game.newest_validation = (game.steps_done, state["validation"])
-    game.accuracies = [(step, accuracy) for step, accuracy in state["accuracies"]]
-    game.health.restore(state["health"])
-    game.apply_pauses()
+    try:
+        _restore_tensors(game, folder)
+        _restore_values(game, read_state(folder))
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{folder} cannot be read: {reason} (remove it to go on from the one before)"
+        ) from error
     game.engine.sync_weights(ModuleWeights(game.student.model), game.weight_version)
 
 
@@ -91,6 +84,30 @@ def checkpoint_bytes(game: Game) -> int:
     if game.opponent is not None:
         players.append(game.opponent.discriminator)
     return sum(_player_bytes(player) for player in players)
+
+
+def _restore_tensors(game: Game, folder: Path) -> None:
+    game.student.load_weights(folder / "student")
+    game.student_optimizer.load_state_dict(read_optimizer(folder / "student_optimizer"))
+    if game.opponent is not None:
+        moments = read_optimizer(folder / "discriminator_optimizer")
+        game.opponent.discriminator.load_weights(folder / "discriminator")
+        game.opponent.optimizer.load_state_dict(moments)
+    restore_random(folder / "random")
+
+
+def _restore_values(game: Game, state: dict[str, Any]) -> None:
+    for _ in range(state["batches_taken"]):
+        next(game.batches)
+    game.steps_done, game.weight_version = state["step"], state["weight_version"]
+    game.stage, game.stage_start = state["stage"], state["stage_start"]
+    game.updates_in_stage = state["updates_in_stage"]
+    game.validations = state["validations"]
+    if state["validation"] is not None:
+        game.newest_validation = (game.steps_done, state["validation"])
+    game.accuracies = [(step, accuracy) for step, accuracy in state["accuracies"]]
+    game.health.restore(state["health"])
+    game.apply_pauses()
 
 
 def _player_bytes(player: nn.Module) -> int:
