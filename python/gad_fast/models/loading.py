@@ -18,7 +18,6 @@ from transformers import (
 from gad_fast.config import DataSettings, HardwareSettings
 from gad_fast.errors import ConfigError, ModelError
 
-
 _SAFE: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
 """Left open, transformers asks on the terminal, and takes pickle where there is nothing else."""
 
@@ -58,9 +57,7 @@ def load_causal_lm(source: str, *, dtype: str, device: torch.device) -> PreTrain
     """
     model = _attempt(
         source,
-        lambda: AutoModelForCausalLM.from_pretrained(
-            source, dtype=getattr(torch, dtype), **_SAFE
-        ),
+        lambda: AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **_SAFE),
     )
     return _ready(model, device)
 

@@ -48,9 +48,11 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
     saved = _read(folder)
     if _missing(own, saved):
         # transformers writes some architectures under the names that they were published with.
-        saved = type(model).from_pretrained(
-            folder, dtype=model.dtype, use_safetensors=True
-        ).state_dict()
+        saved = (
+            type(model)
+            .from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
+            .state_dict()
+        )
     if saved.keys() - own.keys() or _missing(own, saved):
         raise ModelError(f"{folder} does not hold the weights of a {type(model).__name__}")
     with torch.no_grad():
