@@ -32,15 +32,16 @@ def fused() -> PreTrainedModel:
 
 def experts() -> PreTrainedModel:
     """Kept under other names than it is saved under."""
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8}
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8}
     counts = {"num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 16}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **counts, **heads))
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**sizes, **counts, **heads}))
 
 
 def mixed() -> PreTrainedModel:
     """A backbone in bfloat16 under a head in float32, as a discriminator has."""
-    model = LlamaForSequenceClassification(tiny.llama_config(num_labels=1)).to(torch.bfloat16)
+    model: Any = LlamaForSequenceClassification(tiny.llama_config(num_labels=1))
+    model.bfloat16()
     model.score.float()
     return model
 

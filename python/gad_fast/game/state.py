@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,8 @@ def capture(game: Game) -> Snapshot:
     if game.opponent is not None:
         writers["discriminator"] = game.opponent.discriminator.copy_for_saving()
         writers["discriminator_optimizer"] = copy_optimizer(game.opponent.optimizer.state_dict())
-    return Snapshot(game.steps_done, writers, _state(game), checkpoint_bytes(game))
+    state = copy.deepcopy(_state(game))  # a thread writes it while the game goes on
+    return Snapshot(game.steps_done, writers, state, checkpoint_bytes(game))
 
 
 def restore(game: Game, folder: Path) -> None:
