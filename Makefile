@@ -6,7 +6,7 @@ STUDENT := models/SmolLM2-135M-Instruct
 RUST := $(shell find rust Cargo.toml Cargo.lock \( -name target -o -path rust/fuzz \) -prune -o -type f -print)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-python test-rust lint format wheel corpus fuzz mutants gpu-suite gpu-bundle clean
+.PHONY: help demo test test-python test-rust lint format wheel corpus fuzz mutants long-run gpu-suite gpu-bundle clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,6 +57,9 @@ fuzz: ## hostile input for the core, a minute a target (needs nightly Rust and c
 
 mutants: $(VENV)/built ## plant bugs in the kernels and see the tests catch them (minutes)
 	$(BIN)/python tests/kernels/mutations.py
+
+long-run: $(VENV)/built ## 500 steps of a tiny model: memory, file handles and threads stay as they are
+	GAD_FAST_LONG_STEPS=500 $(BIN)/pytest --timeout 1200 tests/integration/test_long_run.py
 
 gpu-suite: ## kernels on this machine's GPU: right, how fast, one step (9 minutes)
 	$(or $(wildcard $(BIN)/python),python3) benchmarks/run_gpu_suite.py $(ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from gad_fast.records import EncodedExample, Example, Message
 from gad_fast.text import TextCodec
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+MAX_ROW_BYTES = 16 << 20
+"""A longer line or text is no row of prompts: another kind of file, or one made to fill memory."""
 _PROMPT_COLUMNS = ("messages", "prompt")
 
 
@@ -54,15 +57,6 @@ def load_prompt_set(settings: DataSettings, codec: TextCodec) -> PromptSet:
         validation=encoded_validation[: settings.max_validation_prompts],
         num_overlong=num_rows - len(encoded_train) - len(encoded_validation),
     )
-
-
-def digest(prompts: PromptSet) -> str:
-    """A hash of all prompts and teacher responses in tokens, in their order."""
-    state = hashlib.blake2b(digest_size=16)
-    for example in (*prompts.train, *prompts.validation):
-        for ids in (example.prompt_ids, example.teacher.ids):
-            state.update(len(ids).to_bytes(8, "little") + ids.tobytes())
-    return state.hexdigest()
 
 
 def read_examples(source: str, settings: DataSettings) -> list[Example]:
@@ -155,6 +149,8 @@ def _load(source: str) -> datasets.Dataset:
         raise DataError(f"data file {source} is not there (paths are relative to {Path.cwd()})")
     if loader is None and path.is_file():
         raise DataError(f"cannot read {source}: its name must end in {', '.join(_LOADERS)}")
+    if path.suffix == ".jsonl":
+        _require_short_lines(path)
     try:
         if loader is None:
             return datasets.load_dataset(source, split="train")
@@ -163,6 +159,23 @@ def _load(source: str) -> datasets.Dataset:
         raise DataError(f"cannot read {source}: it has no rows") from error
     except (DatasetGenerationError, OSError, ValueError) as error:
         raise DataError(f"cannot read {source}: {_root_cause(error)}") from error
+
+
+def _require_short_lines(path: Path) -> None:
+    with path.open("rb") as file:
+        for number in itertools.count(1):
+            line = file.readline(MAX_ROW_BYTES + 1)
+            if not line:
+                return
+            _require_row_size(len(line), f"line {number} of {path}")
+
+
+def _require_row_size(size: int, name: str) -> None:
+    if size > MAX_ROW_BYTES:
+        raise DataError(
+            f"{name} is over {MAX_ROW_BYTES >> 20} MiB, the most that a row may have (remove it, "
+            f"or check that this is a file of prompts)"
+        )
 
 
 def _prompt_column(source: str, columns: list[str], name: str | None) -> str:
@@ -178,10 +191,12 @@ def _prompt_column(source: str, columns: list[str], name: str | None) -> str:
 
 def _messages(value: Any, row: str, column: str) -> list[Message]:
     if isinstance(value, str) and value.strip():
+        _require_row_size(len(value), row)
         return [Message(role="user", content=value)]
     if isinstance(value, list) and value:
         turns = cast("list[Any]", value)
         if all(_is_turn(turn) for turn in turns):
+            _require_row_size(sum(len(turn["content"]) for turn in turns), row)
             return [Message(role=turn["role"], content=turn["content"]) for turn in turns]
     raise DataError(
         f"{row} has no prompt: {column} must be a text or a list of "
@@ -198,6 +213,7 @@ def _is_turn(turn: Any) -> bool:
 def _response(row: dict[str, Any], name: str, settings: DataSettings) -> str:
     value = row[settings.response_column]
     if isinstance(value, str) and value.strip():
+        _require_row_size(len(value), name)
         return value
     raise DataError(
         f"{name} has no teacher response: {settings.response_column} must be a text that is not "

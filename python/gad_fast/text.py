@@ -79,7 +79,7 @@ class TextCodec:
             ModelError: no tokenizer is there, or it lacks a chat template or an EOS token.
         """
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(path))
+            tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(
                 f"cannot load a tokenizer from {path}: {_first_line(error)}"

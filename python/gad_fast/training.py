@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, set_seed
 from transformers.utils import logging as transformers_logging
 
 from gad_fast.config import Recipe
-from gad_fast.data import BatchStream, PromptSet, digest, load_prompt_set
+from gad_fast.data import BatchStream, PromptSet, load_prompt_set
 from gad_fast.errors import CheckpointError
 from gad_fast.evaluation.validation import Validation, validate
 from gad_fast.game.gates import pass_gates
@@ -33,7 +33,7 @@ from gad_fast.run.display import Display
 from gad_fast.run.folder import RunFolder
 from gad_fast.run.health import Health
 from gad_fast.run.recorder import Recorder
-from gad_fast.run.resume import Start, find_start
+from gad_fast.run.resume import Start, data_digest, find_start
 from gad_fast.text import TextCodec
 
 NUM_SYMMETRY_GROUPS = 4
@@ -117,7 +117,8 @@ def load_inputs(recipe: Recipe) -> Inputs:
     prompts = load_prompt_set(recipe.data, codec)
     batches = BatchStream(prompts.train, batch_size=recipe.batch.prompts_per_step, seed=recipe.seed)
     plan = make_plan(recipe, prompts, config, precision)
-    return Inputs(codec, config, prompts, batches, precision, plan, digest(prompts))
+    data = data_digest((*prompts.train, *prompts.validation))
+    return Inputs(codec, config, prompts, batches, precision, plan, data)
 
 
 def set_up(recipe: Recipe, inputs: Inputs, display: Display, start: Start) -> Game:

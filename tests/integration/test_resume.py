@@ -276,25 +276,26 @@ def test_a_save_in_the_background_holds_the_step_that_it_is_named_after(
 ) -> None:
     """Training goes on while the thread waits; what it writes is the copy."""
     is_past, write_folder = threading.Event(), checkpoint.write_folder
-    write_step = Recorder.write_step
+    write_beside = Recorder.write_beside
 
     def late(target: Path, *arguments: Any) -> None:
         if target.name == "step-000002":
             assert is_past.wait(30)
         write_folder(target, *arguments)
 
-    def passing(self: Recorder, step: int, *arguments: Any) -> None:
-        write_step(self, step, *arguments)
-        if step == 3:
-            is_past.set()
+    def passing(self: Recorder, *arguments: Any) -> None:
+        is_past.set()
+        write_beside(self, *arguments)
 
-    unbroken = recipe(tmp_path, "unbroken", run={**OFTEN, "keep_last": 9})
-    train(unbroken)
+    sections = {"run": {**OFTEN, "keep_last": 9}, "warmup": {"steps": 2}}
+    train(recipe(tmp_path, "unbroken", **sections))
     monkeypatch.setattr(checkpoint, "write_folder", late)
-    monkeypatch.setattr(Recorder, "write_step", passing)
-    slow = recipe(tmp_path, "slow", run={**OFTEN, "keep_last": 9})
-    train(slow)
-    crash.assert_same(crash.outcome(unbroken.output), crash.outcome(slow.output))
+    monkeypatch.setattr(Recorder, "write_beside", passing)
+    train(recipe(tmp_path, "slow", **sections))
+    crash.assert_same(crash.outcome(tmp_path / "unbroken"), crash.outcome(tmp_path / "slow"))
+    # The validation after warm-up came between the copy and the writing.
+    state = checkpoint.read_state(tmp_path / "slow/checkpoints/step-000002")
+    assert list(state["validations"]) == ["start"]
 
 
 def test_the_best_checkpoints_outlive_the_newest(tmp_path: Path) -> None:

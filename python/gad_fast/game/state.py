@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
 
 from gad_fast.errors import CheckpointError
 from gad_fast.models.student import Student
@@ -31,33 +34,26 @@ def capture(game: Game) -> Snapshot:
     if game.opponent is not None:
         writers["discriminator"] = game.opponent.discriminator.copy_for_saving()
         writers["discriminator_optimizer"] = copy_optimizer(game.opponent.optimizer.state_dict())
-    return Snapshot(game.steps_done, writers, _state(game), checkpoint_bytes(game))
+    state = copy.deepcopy(_state(game))  # a thread writes it while the game goes on
+    return Snapshot(game.steps_done, writers, state, checkpoint_bytes(game))
 
 
 def restore(game: Game, folder: Path) -> None:
     """Sets a new game to the state of a checkpoint.
 
     The schedules are set when the stage begins again: see `Game.begin_stage`.
+
+    Raises:
+        CheckpointError: its files are whole, but not those of such a game.
     """
-    state = read_state(folder)
-    game.student.load_weights(folder / "student")
-    game.student_optimizer.load_state_dict(read_optimizer(folder / "student_optimizer"))
-    if game.opponent is not None:
-        moments = read_optimizer(folder / "discriminator_optimizer")
-        game.opponent.discriminator.load_weights(folder / "discriminator")
-        game.opponent.optimizer.load_state_dict(moments)
-    restore_random(folder / "random")
-    for _ in range(state["batches_taken"]):
-        next(game.batches)
-    game.steps_done, game.weight_version = state["step"], state["weight_version"]
-    game.stage, game.stage_start = state["stage"], state["stage_start"]
-    game.updates_in_stage = state["updates_in_stage"]
-    game.validations = state["validations"]
-    if state["validation"] is not None:
-        game.newest_validation = (game.steps_done, state["validation"])
-    game.accuracies = [(step, accuracy) for step, accuracy in state["accuracies"]]
-    game.health.restore(state["health"])
-    game.apply_pauses()
+    try:
+        _restore_tensors(game, folder)
+        _restore_values(game, read_state(folder))
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{folder} cannot be read: {reason} (remove it to go on from the one before)"
+        ) from error
     game.engine.sync_weights(ModuleWeights(game.student.model), game.weight_version)
 
 
@@ -89,6 +85,30 @@ def checkpoint_bytes(game: Game) -> int:
     if game.opponent is not None:
         parameters += game.opponent.discriminator.trainable_parameters()
     return sum(p.nbytes * (1 + (_MOMENTS if p.requires_grad else 0)) for p in parameters)
+
+
+def _restore_tensors(game: Game, folder: Path) -> None:
+    game.student.load_weights(folder / "student")
+    game.student_optimizer.load_state_dict(read_optimizer(folder / "student_optimizer"))
+    if game.opponent is not None:
+        moments = read_optimizer(folder / "discriminator_optimizer")
+        game.opponent.discriminator.load_weights(folder / "discriminator")
+        game.opponent.optimizer.load_state_dict(moments)
+    restore_random(folder / "random")
+
+
+def _restore_values(game: Game, state: dict[str, Any]) -> None:
+    for _ in range(state["batches_taken"]):
+        next(game.batches)
+    game.steps_done, game.weight_version = state["step"], state["weight_version"]
+    game.stage, game.stage_start = state["stage"], state["stage_start"]
+    game.updates_in_stage = state["updates_in_stage"]
+    game.validations = state["validations"]
+    if state["validation"] is not None:
+        game.newest_validation = (game.steps_done, state["validation"])
+    game.accuracies = [(step, accuracy) for step, accuracy in state["accuracies"]]
+    game.health.restore(state["health"])
+    game.apply_pauses()
 
 
 def _state(game: Game) -> dict[str, Any]:

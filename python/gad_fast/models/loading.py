@@ -19,6 +19,9 @@ from transformers import (
 from gad_fast.config import DataSettings, HardwareSettings
 from gad_fast.errors import ConfigError, ModelError
 
+_SAFE: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
+"""Left open, transformers asks on the terminal, and takes pickle where there is nothing else."""
+
 
 class Precision:
     """The device, and the precision of the matrix products on it."""
@@ -44,7 +47,7 @@ def load_config(source: str) -> PreTrainedConfig:
     Raises:
         ModelError: it cannot be found or read.
     """
-    return _attempt(source, lambda: AutoConfig.from_pretrained(source))
+    return _attempt(source, lambda: AutoConfig.from_pretrained(source, trust_remote_code=False))
 
 
 def load_causal_lm(source: str, *, dtype: str, device: torch.device) -> PreTrainedModel:
@@ -55,7 +58,7 @@ def load_causal_lm(source: str, *, dtype: str, device: torch.device) -> PreTrain
     """
     model = _attempt(
         source,
-        lambda: AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype)),
+        lambda: AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **_SAFE),
     )
     return _ready(model, device)
 
@@ -69,7 +72,7 @@ def load_scorer(source: str, *, dtype: str, device: torch.device) -> PreTrainedM
     model = _attempt(
         source,
         lambda: AutoModelForSequenceClassification.from_pretrained(
-            source, num_labels=1, dtype=getattr(torch, dtype)
+            source, num_labels=1, dtype=getattr(torch, dtype), **_SAFE
         ),
     )
     return _ready(model, device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 
 from gad_fast.config import Recipe
 from gad_fast.errors import CheckpointError, RunFolderError
+from gad_fast.records import EncodedExample
 from gad_fast.run.checkpoint import newest_complete
 from gad_fast.run.folder import SUMMARY, RunFolder
 
@@ -24,6 +26,9 @@ MAY_CHANGE = (
     "game.epochs",
     "batch.tokens_per_micro_batch",
     "rollout.max_sequences",
+    "rollout.max_cached_tokens",
+    "rollout.probe_every",
+    "rollout.timeout_seconds",
 )
 """Keys and sections in which a recipe may differ from that of the run it goes on with."""
 
@@ -68,6 +73,15 @@ def find_start(recipe: Recipe, *, resume: bool | None, say: Callable[[str], None
     where = f"from {checkpoint.name}" if checkpoint else "from the start: it has no checkpoint yet"
     say(f"going on with the run in {path} {where}")
     return Start(is_new=False, checkpoint=checkpoint, keeps_rollouts=stored == recipe)
+
+
+def data_digest(examples: Iterable[EncodedExample]) -> str:
+    """A hash of prompts and teacher responses in tokens, in their order."""
+    state = hashlib.blake2b(digest_size=16)
+    for example in examples:
+        for ids in (example.prompt_ids, example.teacher.ids):
+            state.update(len(ids).to_bytes(8, "little") + ids.tobytes())
+    return state.hexdigest()
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
