@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from gad_fast.config import Recipe
-from gad_fast.data import BatchStream, PromptSet, load_prompt_set
+from gad_fast.data.prompt_set import BatchStream, PromptSet, load_prompt_set
 from gad_fast.evaluation.validation import Validation, validate
 from gad_fast.game.loop import Game, Opponent, play, sampling_of
 from gad_fast.game.optim import PlayerOptimizer
@@ -151,7 +151,7 @@ def show_plan(recipe: Recipe, inputs: Inputs, display: Display) -> None:
         ["student", f"{recipe.student.model}, {plan.num_parameters / 1e6:.1f} M parameters"],
         ["runs on", str(inputs.precision)],
         ["prompts", f"{plan.num_train} to train on, {plan.num_validation} to validate on"],
-        ["left out", f"{plan.num_overlong} prompts over {recipe.data.max_prompt_tokens} tokens"],
+        ["left out", inputs.prompts.describe_left_out()],
         ["steps", f"{plan.warmup_steps} of warm-up, {plan.game_steps} of the game"],
         ["a step", f"{plan.responses_per_step} responses, <= {plan.max_tokens_per_step} tokens"],
         ["memory", f"about {sum(plan.memory_gib.values()):.1f} GiB ({memory})"],

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from gad_fast.cli.cache import cache
+from gad_fast.cli.collect import collect
 from gad_fast.cli.train import train
 from gad_fast.errors import ConfigError, GadFastError
 
@@ -16,6 +17,8 @@ Distils a language model from a teacher that can only be asked for text.
 
 commands:
   train RECIPE.toml [--a.b value ...] [--dry-run]   play the game that a recipe describes
+  collect RECIPE.toml [--a.b value ...] [--estimate] [--dry-run]
+                                                    ask a teacher's API for responses
   cache info CACHE                                  what a cache of teacher responses holds
   cache verify CACHE                                check every row of it
   cache export CACHE OUTPUT                         write it to a .jsonl or .parquet file
@@ -24,7 +27,11 @@ commands:
 `gad-fast train --help` lists what a recipe may say.
 """
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "cache": cache}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train,
+    "collect": collect,
+    "cache": cache,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

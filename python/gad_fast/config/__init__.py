@@ -4,6 +4,7 @@ A recipe is validated once, when it is made; every later stage trusts it. This p
 torch, so that `gad-fast --help` is quick and a recipe can be checked on any machine.
 """
 
+from gad_fast.config.collect import BudgetSettings, CollectRecipe, RetrySettings, TeacherSettings
 from gad_fast.config.data import DataSettings
 from gad_fast.config.learning import (
     BatchSettings,
@@ -20,6 +21,8 @@ from gad_fast.config.run import HardwareSettings, RunSettings
 
 __all__ = [
     "BatchSettings",
+    "BudgetSettings",
+    "CollectRecipe",
     "DataSettings",
     "DiscriminatorSettings",
     "GameSettings",
@@ -27,9 +30,11 @@ __all__ = [
     "LearningRateSettings",
     "OptimizerSettings",
     "Recipe",
+    "RetrySettings",
     "RolloutSettings",
     "RunSettings",
     "StageSettings",
     "StudentSettings",
+    "TeacherSettings",
     "WarmupSettings",
 ]
