@@ -21,8 +21,8 @@ commands:
                                                     ask a teacher's API for responses
   cache info CACHE                                  what a cache of teacher responses holds
   cache verify CACHE                                check every row of it
-  cache export CACHE OUTPUT                         write it to a .jsonl or .parquet file
-  cache import CACHE SOURCE                         bring such a file into it
+  cache export CACHE OUTPUT [--shape messages]      write it to a .jsonl or .parquet file
+  cache import CACHE SOURCE [--teacher NAME]        bring such a file, or other rows, into it
 
 `gad-fast train --help` lists what a recipe may say.
 """

@@ -27,21 +27,19 @@ class Question:
 def questions(recipe: CollectRecipe, prompts: Sequence[Chat]) -> Iterator[Question]:
     """All requests of a collection, in the order of the prompts; equal prompts once."""
     seen: set[bytes] = set()
+    sampling = {name: teacher.sampling for name, teacher in recipe.teachers.items()}
     for prompt in prompts:
         digest = _digest(prompt)
         if digest in seen:
             continue
         seen.add(digest)
         for sample_index in range(recipe.responses_per_prompt):
-            yield _question(recipe, prompt, digest, sample_index)
-
-
-def questions_of(recipe: CollectRecipe, prompt: Chat) -> list[Question]:
-    """The requests of one prompt."""
-    digest = _digest(prompt)
-    return [
-        _question(recipe, prompt, digest, index) for index in range(recipe.responses_per_prompt)
-    ]
+            name = _assigned(recipe.teachers, digest, sample_index)
+            teacher = recipe.teachers[name]
+            messages = with_system_prompt(prompt, teacher.system_prompt)
+            yield Question(
+                name, TeacherRequest(teacher.model, messages, sampling[name], sample_index)
+            )
 
 
 def with_system_prompt(prompt: Chat, system_prompt: str | None) -> list[Message]:
@@ -49,13 +47,6 @@ def with_system_prompt(prompt: Chat, system_prompt: str | None) -> list[Message]
     if system_prompt is None or prompt[0]["role"] in ("system", "developer"):
         return list(prompt)
     return [Message(role="system", content=system_prompt), *prompt]
-
-
-def _question(recipe: CollectRecipe, prompt: Chat, digest: bytes, sample_index: int) -> Question:
-    name = _assigned(recipe.teachers, digest, sample_index)
-    teacher = recipe.teachers[name]
-    messages = with_system_prompt(prompt, teacher.system_prompt)
-    return Question(name, TeacherRequest(teacher.model, messages, teacher.sampling, sample_index))
 
 
 def _assigned(teachers: Mapping[str, TeacherSettings], digest: bytes, sample_index: int) -> str:
