@@ -44,13 +44,26 @@ class Budget:
 
     async def reserve(self, most: Usage) -> bool:
         """Sets `most` aside, if need be after open requests are settled: whether it fits."""
-        while not self._fits(most):
+        while not self.fits(most):
             if self._num_open == 0:
                 return False
             await self._settled.wait()
+        self.take(most)
+        return True
+
+    def fits(self, most: Usage) -> bool:
+        """Whether `most` can be set aside now."""
+        total, limits = self.spent + self._reserved + most, self._settings
+        return (
+            (limits.requests is None or total.requests <= limits.requests)
+            and (limits.tokens is None or total.tokens <= limits.tokens)
+            and (limits.cost is None or total.cost <= limits.cost)
+        )
+
+    def take(self, most: Usage) -> None:
+        """Sets `most` aside, whether it fits or not."""
         self._reserved += most
         self._num_open += 1
-        return True
 
     def settle(self, most: Usage, used: Usage) -> None:
         """Puts what was used in the place of what was set aside."""
@@ -59,14 +72,6 @@ class Budget:
         self._num_open -= 1
         self._settled.set()
         self._settled = asyncio.Event()
-
-    def _fits(self, most: Usage) -> bool:
-        total, limits = self.spent + self._reserved + most, self._settings
-        return (
-            (limits.requests is None or total.requests <= limits.requests)
-            and (limits.tokens is None or total.tokens <= limits.tokens)
-            and (limits.cost is None or total.cost <= limits.cost)
-        )
 
 
 def most_of(request: TeacherRequest, settings: TeacherSettings) -> Usage:

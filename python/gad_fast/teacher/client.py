@@ -79,10 +79,6 @@ class TeacherClient:
             raise failure_of(error, self.key) from error
         return self.response_of(answer)
 
-    def body_of(self, request: TeacherRequest) -> dict[str, Any]:
-        """The request's JSON body, as the chat endpoint and the lines of a batch file take it."""
-        return {"model": request.teacher, "messages": request.messages, **request.sampling}
-
     def read_completion(self, completion: object) -> TeacherResponse:
         """The response in a chat completion that came by other ways than `ask`.
 

@@ -16,6 +16,8 @@ from tenacity import (
 
 from gad_fast.config import TeacherSettings
 from gad_fast.errors import TeacherError
+from gad_fast.teacher.batch_api import BatchDesk
+from gad_fast.teacher.batch_ledger import BatchLedger
 from gad_fast.teacher.budget import Budget, Usage, guess_prompt_tokens, most_of, used_by
 from gad_fast.teacher.client import TeacherClient
 from gad_fast.teacher.control import Control
@@ -38,14 +40,15 @@ class Collector:
             TeacherError: a teacher has no key.
         """
         recipe = job.recipe
-        self._job, self.recipe, self.tally = job, job.recipe, tally
+        self.recipe, self.cache, self.tally = job.recipe, job.cache, tally
+        self._rejections, self.batch_ledger = job.rejections, BatchLedger(job.cache.path)
         self.budget, self.control = Budget(recipe.budget, job.stock.spent), Control()
         self.clients = {
             name: TeacherClient(name, settings, long_response_tokens=recipe.long_response_tokens)
             for name, settings in recipe.teachers.items()
         }
         self._limits = {name: Limits(settings) for name, settings in recipe.teachers.items()}
-        self._retrying = AsyncRetrying(
+        self.retrying = AsyncRetrying(
             stop=stop_after_attempt(recipe.retry.max_attempts),
             wait=self._seconds_to_wait,
             retry=retry_if_exception(_is_worth_another),
@@ -65,9 +68,12 @@ class Collector:
         """
         async with asyncio.TaskGroup() as group:
             for name, requests in pending.items():
-                feed = iter(requests)
-                for _ in range(min(self.recipe.teachers[name].concurrency, len(requests))):
-                    group.create_task(self._work(self.clients[name], feed))
+                client, feed = self.clients[name], iter(requests)
+                if client.settings.mode == "batch":
+                    group.create_task(BatchDesk(self, client).settle(requests))
+                    continue
+                for _ in range(min(client.settings.concurrency, len(requests))):
+                    group.create_task(self._work(client, feed))
 
     async def answer(self, client: TeacherClient, request: TeacherRequest) -> None:
         """Settles one request: its response is in the cache, or its failure is counted.
@@ -76,7 +82,7 @@ class Collector:
             asyncio.CancelledError: the collection stopped before it was sent.
         """
         try:
-            await self._retrying(self._attempt, client, request)
+            await self.retrying(self._attempt, client, request)
         except RequestFailedError as failure:
             self.give_up(client, request, failure)
 
@@ -94,7 +100,7 @@ class Collector:
             reason = f"{client.name} ({failure.kind}): {failure.reason}"
             self.control.stop(reason, error=TeacherError(f"cannot ask teachers.{reason}"))
         elif failure.verdict == "reject":
-            self._job.rejections.add(request, f"{failure.kind}: {failure.reason}")
+            self._rejections.add(request, f"{failure.kind}: {failure.reason}")
             self.tally.num_rejected += 1
         else:
             self.tally.num_given_up += 1
@@ -118,7 +124,7 @@ class Collector:
         used, started = Usage(), time.monotonic()
         try:
             response = await client.ask(request)
-            await self._job.cache.aput(request, response)
+            await self.cache.aput(request, response)
             used = self.keep_count(response, most, time.monotonic() - started)
         except RequestFailedError as failure:
             used = most if failure.is_maybe_billed else Usage(requests=1)

@@ -49,9 +49,14 @@ def estimate(
 ) -> Estimate:
     """Asks `estimate_prompts` requests, spread over the prompts, and extrapolates.
 
-    Their responses stay in the cache, so that nothing is bought twice. Raises as `collect`.
+    Their responses stay in the cache, so that nothing is bought twice. Teachers in batch mode are
+    asked by chat, which does not take a day. Raises as `collect`.
     """
-    with open_job(recipe, prompts) as job:
+    by_chat = {
+        name: teacher.model_copy(update={"mode": "chat"})
+        for name, teacher in recipe.teachers.items()
+    }
+    with open_job(recipe.model_copy(update={"teachers": by_chat}), prompts) as job:
         sample = _sample(job.stock.pending, recipe.estimate_prompts)
         collection = settle(job, sample, console)
         tally = collection.tally

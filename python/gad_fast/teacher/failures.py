@@ -19,6 +19,7 @@ Verdict = Literal["retry", "reject", "stop"]
 _ASK_AGAIN = frozenset({408, 409, 425, 429})
 # No key, no money, no such model or path: the next request would meet the same.
 _STOP = frozenset({401, 402, 404, 405})
+_OUT_OF_MONEY = frozenset({"insufficient_quota", "billing_not_active"})
 
 
 @dataclass(slots=True)
@@ -52,6 +53,13 @@ def failure_of(error: Exception, key: str) -> RequestFailedError:
             return _failure_of_status(error, reason)
         case _:  # a body that is no JSON, or no chat completion
             return RequestFailedError("retry", "malformed", reason, is_maybe_billed=True)
+
+
+def verdict_of(status: int, code: str | None) -> Verdict:
+    """What an HTTP status, with the error code of its body, means for the request."""
+    if status in _STOP or status < 400 or (status == 429 and code in _OUT_OF_MONEY):
+        return "stop"
+    return "retry" if status in _ASK_AGAIN or status >= 500 else "reject"
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
@@ -88,14 +96,9 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _failure_of_status(error: openai.APIStatusError, reason: str) -> RequestFailedError:
-    status = error.status_code
-    is_out_of_money = status == 429 and error.code in ("insufficient_quota", "billing_not_active")
-    if status in _STOP or status < 400 or is_out_of_money:
-        return RequestFailedError("stop", str(status), reason)
-    if status in _ASK_AGAIN or status >= 500:
-        wait = retry_after_seconds(error.response.headers)
-        return RequestFailedError("retry", str(status), reason, wait)
-    return RequestFailedError("reject", str(status), reason)
+    verdict = verdict_of(error.status_code, error.code)
+    wait = retry_after_seconds(error.response.headers) if verdict == "retry" else None
+    return RequestFailedError(verdict, str(error.status_code), reason, wait)
 
 
 def _number(text: str | None) -> float | None:
