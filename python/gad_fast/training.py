@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import contextlib
+from collections.abc import Generator, Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -11,6 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from gad_fast.config import Recipe
+from gad_fast.data.just_in_time import ask_while_training
 from gad_fast.data.prompt_set import BatchStream, PromptSet, load_prompt_set
 from gad_fast.evaluation.validation import Validation, validate
 from gad_fast.game.loop import Game, Opponent, play, sampling_of
@@ -21,6 +24,7 @@ from gad_fast.game.warmup import imitate_only, warm_up
 from gad_fast.models.discriminator import Discriminator, load_discriminator
 from gad_fast.models.loading import Precision, load_config, require_context
 from gad_fast.models.student import Student, load_student
+from gad_fast.records import EncodedExample
 from gad_fast.rollout.engine import RolloutEngine
 from gad_fast.rollout.groups import sample_groups
 from gad_fast.rollout.reference import ReferenceEngine
@@ -50,7 +54,7 @@ class Inputs:
     codec: TextCodec
     config: PreTrainedConfig
     prompts: PromptSet
-    batches: BatchStream
+    batches: Iterable[list[EncodedExample]]
     precision: Precision
     plan: Plan
 
@@ -75,9 +79,10 @@ def train(recipe: Recipe, *, display: Display | None = None) -> Summary:
     torch.manual_seed(recipe.seed)
     inputs = load_inputs(recipe)
     show_plan(recipe, inputs, display)
-    game = set_up(recipe, inputs, display)
-    with game.recorder:
-        return _run(game, inputs)
+    with _with_responses(recipe, inputs) as inputs:
+        game = set_up(recipe, inputs, display)
+        with game.recorder:
+            return _run(game, inputs)
 
 
 def dry_run(recipe: Recipe, *, display: Display | None = None) -> Plan:
@@ -106,6 +111,17 @@ def load_inputs(recipe: Recipe) -> Inputs:
     batches = BatchStream(prompts.train, batch_size=recipe.batch.prompts_per_step, seed=recipe.seed)
     plan = make_plan(recipe, prompts, config, precision)
     return Inputs(codec, config, prompts, batches, precision, plan)
+
+
+@contextlib.contextmanager
+def _with_responses(recipe: Recipe, inputs: Inputs) -> Generator[Inputs]:
+    """Inputs with all responses, or with a teacher that is asked for them while training."""
+    if inputs.prompts.is_answered:
+        yield inputs
+        return
+    assert isinstance(inputs.batches, BatchStream), inputs.batches
+    with ask_while_training(recipe.data, inputs.prompts, inputs.batches, inputs.codec) as live:
+        yield replace(inputs, prompts=live.prompts, batches=live.batches)
 
 
 def set_up(recipe: Recipe, inputs: Inputs, display: Display) -> Game:
@@ -223,7 +239,7 @@ def _check_symmetry(
     recipe: Recipe, inputs: Inputs, engine: RolloutEngine, discriminator: Discriminator
 ) -> None:
     # The longest teacher response is among the prompts: cut ones must be alike as well.
-    by_length = sorted(inputs.prompts.train, key=lambda prompt: len(prompt.teacher))
+    by_length = sorted(inputs.prompts.answered, key=lambda prompt: len(prompt.teacher))
     prompts = [*by_length[: NUM_SYMMETRY_GROUPS - 1], by_length[-1]]
     sampling = sampling_of(recipe)
     groups = sample_groups(

@@ -96,9 +96,8 @@ def test_chats_for_other_trainers_end_with_the_unflagged_responses(suffix, tmp_p
     output = tmp_path / f"chats.{suffix}"
     assert run("export", tmp_path / "cache.db", output, "--shape", "messages") == 0
     assert "3 responses written" in capsys.readouterr().out
-    rows = datasets.load_dataset(
-        {"jsonl": "json"}.get(suffix, suffix), data_files=str(output), split="train"
-    )
+    kind = "json" if suffix == "jsonl" else "parquet"
+    rows = datasets.load_dataset(kind, data_files=str(output), split="train")
     assert rows.column_names == ["messages"]
     assert sorted(row[-1]["content"] for row in rows["messages"]) == [
         "It is 1.",

@@ -43,11 +43,19 @@ class DataSettings(Settings):
     """Training prompts whose word triples have this Jaccard index with a validation prompt's are
     reported as near-duplicates; they are kept."""
 
+    steps_ahead: int = Field(default=4, ge=1)
+    """With `teacher = "collect:..."`, responses are asked for so many steps before their use."""
+
     @model_validator(mode="after")
     def _has_prompts(self) -> Self:
         if self.train is None and not (self.teacher or "").startswith("cache:"):
             raise ValueError("train is missing (only teacher = 'cache:PATH' does without)")
         return self
+
+    @property
+    def asks_while_training(self) -> bool:
+        """Whether responses are yet to come when the training begins."""
+        return (self.teacher or "").startswith("collect:")
 
     @property
     def max_tokens(self) -> int:

@@ -33,6 +33,13 @@ class PromptSet:
     """Prompts left out that the cache has no response to."""
     num_near_duplicates: int = 0
     """Training prompts, kept, that are nearly one of the validation part."""
+    is_answered: bool = True
+    """Whether the responses are there; else they are empty, and a teacher is yet to be asked."""
+
+    @property
+    def answered(self) -> list[EncodedExample]:
+        """The part that has responses before the training begins."""
+        return self.train if self.is_answered else self.validation
 
     def describe_left_out(self) -> str:
         """What of the rows is not used, and what else a user should know of them."""
@@ -64,8 +71,8 @@ def load_prompt_set(settings: DataSettings, codec: TextCodec) -> PromptSet:
     num_rows = len(train) + len(validation)
     encoded_train = encode_examples(train, settings, codec)
     encoded_validation = encode_examples(validation, settings, codec)
-    _require(encoded_train, "train", len(train), settings)
-    _require(encoded_validation, "validate", len(validation), settings)
+    require_examples(encoded_train, "train", len(train), settings)
+    require_examples(encoded_validation, "validate", len(validation), settings)
     return PromptSet(
         train=encoded_train,
         validation=encoded_validation[: settings.max_validation_prompts],
@@ -76,6 +83,7 @@ def load_prompt_set(settings: DataSettings, codec: TextCodec) -> PromptSet:
         num_near_duplicates=count_near_duplicates(
             train, validation, similarity=settings.near_duplicate_similarity
         ),
+        is_answered=not settings.asks_while_training,
     )
 
 
@@ -94,39 +102,10 @@ def encode_examples(
     ]
 
 
-class BatchStream:
-    """Endless shuffled batches; each epoch is a new permutation, a last short batch is dropped."""
-
-    def __init__(self, examples: list[EncodedExample], *, batch_size: int, seed: int) -> None:
-        if batch_size > len(examples):
-            raise ConfigError(
-                f"batch.prompts_per_step is {batch_size}, but only {len(examples)} training "
-                f"prompts are left after filtering (set it to {len(examples)} at most)"
-            )
-        self._examples, self._batch_size = examples, batch_size
-        self._random = np.random.default_rng(seed)
-
-    def __iter__(self) -> Iterator[list[EncodedExample]]:
-        while True:
-            order = self._random.permutation(len(self._examples))
-            for start in range(0, len(order) - self._batch_size + 1, self._batch_size):
-                yield [self._examples[i] for i in order[start : start + self._batch_size]]
-
-
-def _read(source: str | None, settings: DataSettings) -> Bought:
-    """Examples of a source of rows, with the responses of the cache where the settings name one."""
-    if settings.teacher is None:
-        assert source is not None, "a recipe without a teacher names its rows"
-        return Bought(read_examples(source, settings), num_flagged=0, num_unanswered=0)
-    path = Path(settings.teacher.removeprefix("cache:"))
-    if source is None:
-        return read_cache(path, settings.leave_out)
-    return join_cache(path, read_prompts(source, settings.prompt_column), settings.leave_out)
-
-
-def _require(
+def require_examples(
     examples: list[EncodedExample], purpose: str, num_rows: int, settings: DataSettings
 ) -> None:
+    """Raises DataError when nothing is left of `num_rows` rows for a purpose."""
     if examples:
         return
     if num_rows:
@@ -139,3 +118,42 @@ def _require(
         f"data.validation_fraction = {settings.validation_fraction} "
         f"(add rows, change the fraction, or name a file in data.validation)"
     )
+
+
+class BatchStream:
+    """Endless shuffled batches; each epoch is a new permutation, a last short batch is dropped."""
+
+    def __init__(self, examples: list[EncodedExample], *, batch_size: int, seed: int) -> None:
+        if batch_size > len(examples):
+            raise ConfigError(
+                f"batch.prompts_per_step is {batch_size}, but only {len(examples)} training "
+                f"prompts are left after filtering (set it to {len(examples)} at most)"
+            )
+        self._examples, self.batch_size = examples, batch_size
+        self._random = np.random.default_rng(seed)
+
+    @property
+    def num_examples(self) -> int:
+        """Of an epoch, a last short batch included."""
+        return len(self._examples)
+
+    def __iter__(self) -> Iterator[list[EncodedExample]]:
+        while True:
+            order = self._random.permutation(len(self._examples))
+            for start in range(0, len(order) - self.batch_size + 1, self.batch_size):
+                yield [self._examples[i] for i in order[start : start + self.batch_size]]
+
+
+def _read(source: str | None, settings: DataSettings) -> Bought:
+    """Examples of a source of rows, with the responses of the cache where the settings name one."""
+    if settings.teacher is None:
+        assert source is not None, "a recipe without a teacher names its rows"
+        return Bought(read_examples(source, settings), num_flagged=0, num_unanswered=0)
+    if settings.asks_while_training:
+        assert source is not None, "a recipe that asks while training names its prompts"
+        prompts = read_prompts(source, settings.prompt_column)
+        return Bought([Example(prompt, "") for prompt in prompts], num_flagged=0, num_unanswered=0)
+    path = Path(settings.teacher.removeprefix("cache:"))
+    if source is None:
+        return read_cache(path, settings.leave_out)
+    return join_cache(path, read_prompts(source, settings.prompt_column), settings.leave_out)
