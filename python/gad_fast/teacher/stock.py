@@ -7,6 +7,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 from gad_fast.config import CollectRecipe
+from gad_fast.errors import CacheError
 from gad_fast.teacher.budget import Usage, most_of, used_by
 from gad_fast.teacher.cache import TeacherCache
 from gad_fast.teacher.questions import Chat, questions
@@ -55,6 +56,11 @@ def open_job(recipe: CollectRecipe, prompts: Sequence[Chat]) -> Generator[Job]:
     Raises:
         CacheError: the cache cannot be opened, or another process writes to it.
     """
+    folder = recipe.cache.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CacheError(f"cannot make the folder {folder}: {error.strerror}") from error
     with TeacherCache.open(recipe.cache) as cache:
         rejections = Rejections(recipe.cache)
         yield Job(recipe, cache, rejections, take_stock(recipe, prompts, cache, rejections))
