@@ -6,7 +6,7 @@ STUDENT := models/SmolLM2-135M-Instruct
 RUST := $(shell find rust Cargo.toml Cargo.lock \( -name target -o -path rust/fuzz \) -prune -o -type f -print)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-python test-rust lint format wheel corpus fuzz mutants long-run gpu-suite gpu-bundle clean
+.PHONY: help demo test test-python test-rust lint format wheel corpus fuzz serve-test mutants long-run gpu-suite gpu-bundle clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,10 @@ corpus: $(VENV)/built $(STUDENT) ## ids of four real tokenizers against the publ
 fuzz: ## hostile input for the core, a minute a target (needs nightly Rust and cargo-fuzz)
 	for target in decode packing cache_request; do \
 	  cargo +nightly fuzz run --fuzz-dir rust/fuzz $$target -- -max_total_time=60 || exit 1; done
+
+serve-test: $(VENV)/built $(STUDENT) ## collect from a real model behind transformers serve
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[serve]'
+	$(BIN)/pytest -m serve tests/integration/test_collect_serve.py
 
 mutants: $(VENV)/built ## plant bugs in the kernels and see the tests catch them (minutes)
 	$(BIN)/python tests/kernels/mutations.py

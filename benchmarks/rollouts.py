@@ -24,7 +24,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from gad_fast.config import HardwareSettings
-from gad_fast.data import read_prompts
+from gad_fast.data.reading import read_prompts
 from gad_fast.models.loading import Precision, load_causal_lm
 from gad_fast.rollout.continuous import ContinuousEngine
 from gad_fast.rollout.endings import Endings

@@ -58,5 +58,9 @@ class CacheLockedError(CacheError):
     """Another process writes to the teacher cache; names the process."""
 
 
+class TeacherError(GadFastError, RuntimeError):
+    """A teacher cannot be asked: no key, refused access, no such model, or too many failures."""
+
+
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C was pressed, the step was finished and a checkpoint written."""
+    """Ctrl-C was pressed, and what was under way was finished and written."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import contextlib
+from collections.abc import Generator, Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -10,7 +12,8 @@ from transformers import PreTrainedConfig, set_seed
 from transformers.utils import logging as transformers_logging
 
 from gad_fast.config import Recipe
-from gad_fast.data import BatchStream, PromptSet, load_prompt_set
+from gad_fast.data.just_in_time import ask_while_training
+from gad_fast.data.prompt_set import BatchStream, PromptSet, load_prompt_set
 from gad_fast.errors import CheckpointError
 from gad_fast.evaluation.validation import Validation, validate
 from gad_fast.game.gates import pass_gates
@@ -23,6 +26,7 @@ from gad_fast.game.warmup import imitate_only, warm_up
 from gad_fast.models.discriminator import Discriminator, load_discriminator
 from gad_fast.models.loading import Precision, load_config, require_context
 from gad_fast.models.student import Student, load_student
+from gad_fast.records import EncodedExample
 from gad_fast.rollout.endings import Endings
 from gad_fast.rollout.engine import Capacity, RolloutEngine
 from gad_fast.rollout.groups import sample_groups
@@ -56,7 +60,7 @@ class Inputs:
     codec: TextCodec
     config: PreTrainedConfig
     prompts: PromptSet
-    batches: BatchStream
+    batches: Iterable[list[EncodedExample]]
     precision: Precision
     plan: Plan
     data_digest: str
@@ -86,10 +90,11 @@ def train(recipe: Recipe, *, display: Display | None = None, resume: bool | None
     inputs = load_inputs(recipe)
     _require_same_data(inputs, start)
     show_plan(recipe, inputs, display)
-    game = set_up(recipe, inputs, display, start)
-    with game.recorder:
-        _go_on(game, start)
-        return _run(game, inputs)
+    with _with_responses(recipe, inputs) as inputs:
+        game = set_up(recipe, inputs, display, start)
+        with game.recorder:
+            _go_on(game, start)
+            return _run(game, inputs)
 
 
 def dry_run(recipe: Recipe, *, display: Display | None = None) -> Plan:
@@ -119,6 +124,17 @@ def load_inputs(recipe: Recipe) -> Inputs:
     plan = make_plan(recipe, prompts, config, precision)
     data = data_digest((*prompts.train, *prompts.validation))
     return Inputs(codec, config, prompts, batches, precision, plan, data)
+
+
+@contextlib.contextmanager
+def _with_responses(recipe: Recipe, inputs: Inputs) -> Generator[Inputs]:
+    """Inputs with all responses, or with a teacher that is asked for them while training."""
+    if inputs.prompts.is_answered:
+        yield inputs
+        return
+    assert isinstance(inputs.batches, BatchStream), inputs.batches
+    with ask_while_training(recipe.data, inputs.prompts, inputs.batches, inputs.codec) as live:
+        yield replace(inputs, prompts=live.prompts, batches=live.batches)
 
 
 def set_up(recipe: Recipe, inputs: Inputs, display: Display, start: Start) -> Game:
@@ -197,7 +213,7 @@ def show_plan(recipe: Recipe, inputs: Inputs, display: Display) -> None:
         ["student", f"{recipe.student.model}, {plan.num_parameters / 1e6:.1f} M parameters"],
         ["runs on", str(inputs.precision)],
         ["prompts", f"{plan.num_train} to train on, {plan.num_validation} to validate on"],
-        ["left out", f"{plan.num_overlong} prompts over {recipe.data.max_prompt_tokens} tokens"],
+        ["left out", inputs.prompts.describe_left_out()],
         ["steps", f"{plan.warmup_steps} of warm-up, {plan.game_steps} of the game"],
         ["a step", f"{plan.responses_per_step} responses, <= {plan.max_tokens_per_step} tokens"],
         ["memory", f"about {sum(plan.memory_gib.values()):.1f} GiB ({memory})"],
@@ -297,7 +313,7 @@ def _check_symmetry(
     discriminator: Discriminator,
 ) -> None:
     # The longest teacher response is among the prompts: cut ones must be alike as well.
-    by_length = sorted(inputs.prompts.train, key=lambda prompt: len(prompt.teacher))
+    by_length = sorted(inputs.prompts.answered, key=lambda prompt: len(prompt.teacher))
     prompts = [*by_length[: NUM_SYMMETRY_GROUPS - 1], by_length[-1]]
     plan = plan_of(recipe, group_size=1, seed=recipe.seed, version=0)
     student.activate()

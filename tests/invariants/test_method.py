@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import tiny
 from gad_fast import TextCodec
 from gad_fast.config import HardwareSettings, LearningRateSettings, OptimizerSettings, Recipe
-from gad_fast.data import encode_examples
+from gad_fast.data.prompt_set import encode_examples
 from gad_fast.errors import SymmetryError
 from gad_fast.game.optim import PlayerOptimizer
 from gad_fast.game.steps import train_discriminator

@@ -360,7 +360,7 @@ def test_export_and_import_are_inverse_and_idempotent(tmp_path: Path, suffix: st
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_an_export_is_a_training_set(tmp_path: Path, suffix: str) -> None:
     from gad_fast.config import DataSettings
-    from gad_fast.data import read_examples
+    from gad_fast.data.reading import read_examples
 
     output = tmp_path / f"train{suffix}"
     with TeacherCache.open(tmp_path / "cache") as cache:

@@ -13,7 +13,7 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from gad_fast.config import GenerateSettings
-from gad_fast.data import read_prompts
+from gad_fast.data.reading import read_prompts
 from gad_fast.errors import ConfigError
 from gad_fast.models.loading import Precision, load_causal_lm
 from gad_fast.records import Message
