@@ -6,7 +6,7 @@ STUDENT := models/SmolLM2-135M-Instruct
 RUST := $(shell find rust Cargo.toml Cargo.lock \( -name target -o -path rust/fuzz \) -prune -o -type f -print)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-python test-rust lint format wheel corpus fuzz mutants gpu-suite gpu-bundle clean
+.PHONY: help demo test test-python test-rust lint format wheel corpus fuzz serve-test mutants long-run gpu-suite gpu-bundle clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -17,8 +17,13 @@ demo: $(VENV)/built $(STUDENT) ## environment, build, student, quickstart run (m
 
 test: test-rust test-python ## environment, build, all Rust and Python tests
 
+# nextest gives each test a process and runs them side by side; cargo's own runner needs no install.
 test-rust:
-	cargo test --quiet --workspace --exclude gad-fast-python
+	@if cargo nextest --version >/dev/null 2>&1; then \
+	  cargo nextest run --workspace --exclude gad-fast-python --status-level fail; \
+	else \
+	  cargo test --quiet --workspace --exclude gad-fast-python; \
+	fi
 
 test-python: $(VENV)/built
 	$(BIN)/pytest
@@ -50,8 +55,15 @@ fuzz: ## hostile input for the core, a minute a target (needs nightly Rust and c
 	for target in decode packing cache_request; do \
 	  cargo +nightly fuzz run --fuzz-dir rust/fuzz $$target -- -max_total_time=60 || exit 1; done
 
+serve-test: $(VENV)/built $(STUDENT) ## collect from a real model behind transformers serve
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[serve]'
+	$(BIN)/pytest -m serve tests/integration/test_collect_serve.py
+
 mutants: $(VENV)/built ## plant bugs in the kernels and see the tests catch them (minutes)
 	$(BIN)/python tests/kernels/mutations.py
+
+long-run: $(VENV)/built ## 500 steps of a tiny model: memory, file handles and threads stay as they are
+	GAD_FAST_LONG_STEPS=500 $(BIN)/pytest --timeout 1200 tests/integration/test_long_run.py
 
 gpu-suite: ## kernels on this machine's GPU: right, how fast, one step (9 minutes)
 	$(or $(wildcard $(BIN)/python),python3) benchmarks/run_gpu_suite.py $(ARGS)

@@ -30,9 +30,10 @@ from gad_fast.models.discriminator import Discriminator, Reader
 from gad_fast.models.loading import Precision
 from gad_fast.models.student import Student
 from gad_fast.records import EncodedExample, Example, Response
-from gad_fast.rollout.engine import Sampling
-from gad_fast.rollout.groups import sample_groups
-from gad_fast.rollout.reference import ReferenceEngine
+from gad_fast.rollout.endings import Endings
+from gad_fast.rollout.engine import Capacity, Sampling
+from gad_fast.rollout.groups import GroupPlan, sample_groups
+from gad_fast.rollout.static.engine import StaticEngine
 from gad_fast.text import TextCodec
 from gpu_suite.cases import Case, Results, Row
 from gpu_suite.scale import Scale, StepSize
@@ -74,8 +75,11 @@ class _Players:
         self.student_optimizer = _optimizer("student", self.student)
         self.discriminator_optimizer = _optimizer("discriminator", self.discriminator)
         num_sequences = size.prompts * size.group_size
-        self.engine = ReferenceEngine(
-            self.student.live_model, precision, end_id=codec.end_id, max_sequences=num_sequences
+        self.engine = StaticEngine(
+            model,
+            precision,
+            endings=Endings(codec.end_id),
+            capacity=Capacity(num_sequences),
         )
 
 
@@ -84,17 +88,8 @@ def _play(
 ) -> list[Row]:
     prompts = _prompts(size, num_prompts, response_tokens)
     sampling = Sampling(TEMPERATURE, response_tokens)
-    groups, rollout = _timed(
-        lambda: sample_groups(
-            players.engine,
-            prompts,
-            group_size=size.group_size,
-            sampling=sampling,
-            seed=0,
-            weight_version=0,
-        ),
-        scale,
-    )
+    plan = GroupPlan(size.group_size, sampling, seed=0, weight_version=0)
+    groups, rollout = _timed(lambda: sample_groups(players.engine, prompts, plan), scale)
     budget = size.tokens_per_micro_batch
     verdict, discriminator = _timed(
         lambda: train_discriminator(

@@ -30,6 +30,14 @@ class RunFolderError(GadFastError, FileExistsError):
     """The run folder already holds another run, or cannot be written."""
 
 
+class CheckpointError(GadFastError, RuntimeError):
+    """A checkpoint cannot be written, or what a run folder holds cannot be gone on from."""
+
+
+class HealthError(GadFastError, RuntimeError):
+    """A watch whose action is `stop` raised its alarm; a checkpoint of the step is written."""
+
+
 class EngineError(GadFastError, RuntimeError):
     """The rollout engine failed; carries the engine's own words."""
 
@@ -50,5 +58,9 @@ class CacheLockedError(CacheError):
     """Another process writes to the teacher cache; names the process."""
 
 
+class TeacherError(GadFastError, RuntimeError):
+    """A teacher cannot be asked: no key, refused access, no such model, or too many failures."""
+
+
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C was pressed, the step was finished and a checkpoint written."""
+    """Ctrl-C was pressed, and what was under way was finished and written."""

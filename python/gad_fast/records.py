@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int32]
+Logprobs = NDArray[np.float32]
 
 
 class Message(TypedDict):
@@ -39,12 +41,8 @@ class TokenBatch:
         return self.ids[self.offsets[index] : self.offsets[index + 1]]
 
     def __iter__(self) -> Iterator[Ids]:
-        return (self[index] for index in range(len(self)))
-
-    def closed(self, end_id: int) -> TokenBatch:
-        """The same texts, each with the end token behind it."""
-        ids = np.insert(self.ids, self.offsets[1:], end_id)
-        return TokenBatch(ids, self.offsets + np.arange(len(self.offsets)))
+        # As Python's own integers, which slice several times faster than numpy's.
+        return (self.ids[start:end] for start, end in pairwise(self.offsets.tolist()))
 
     @staticmethod
     def of(texts: list[Ids]) -> TokenBatch:
@@ -108,3 +106,5 @@ class Group:
     prompt: EncodedExample
     rollouts: list[Response]
     """`group_size` responses of the student."""
+    logprobs: list[Logprobs] | None = None
+    """The engine's own, Float32 [R] of each rollout; None where it gives none."""

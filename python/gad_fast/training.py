@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import contextlib
+from collections.abc import Generator, Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import datasets
-import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, set_seed
 from transformers.utils import logging as transformers_logging
 
 from gad_fast.config import Recipe
-from gad_fast.data import BatchStream, PromptSet, load_prompt_set
+from gad_fast.data.just_in_time import ask_while_training
+from gad_fast.data.prompt_set import BatchStream, PromptSet, load_prompt_set
+from gad_fast.errors import CheckpointError
 from gad_fast.evaluation.validation import Validation, validate
-from gad_fast.game.loop import Game, Opponent, play, sampling_of
+from gad_fast.game.gates import pass_gates
+from gad_fast.game.loop import Figures, Game, Opponent, plan_of, play
 from gad_fast.game.optim import PlayerOptimizer, require_optimizer
 from gad_fast.game.plan import Plan, make_plan
+from gad_fast.game.state import checkpoint_bytes, restore
 from gad_fast.game.symmetry import check_symmetry
 from gad_fast.game.warmup import imitate_only, warm_up
 from gad_fast.models.discriminator import Discriminator, load_discriminator
 from gad_fast.models.loading import Precision, load_config, require_context
 from gad_fast.models.student import Student, load_student
-from gad_fast.rollout.engine import RolloutEngine
+from gad_fast.records import EncodedExample
+from gad_fast.rollout.endings import Endings
+from gad_fast.rollout.engine import Capacity, RolloutEngine
 from gad_fast.rollout.groups import sample_groups
-from gad_fast.rollout.reference import ReferenceEngine
-from gad_fast.run.checkpoint import Writers, export
+from gad_fast.rollout.making import start_engine
+from gad_fast.run.checkpoint import read_state, require_space, set_aside_after
+from gad_fast.run.complete import Writers, export
 from gad_fast.run.display import Display
 from gad_fast.run.folder import RunFolder
+from gad_fast.run.health import Health
 from gad_fast.run.recorder import Recorder
+from gad_fast.run.resume import Start, data_digest, find_start
 from gad_fast.text import TextCodec
 
 NUM_SYMMETRY_GROUPS = 4
@@ -50,34 +60,41 @@ class Inputs:
     codec: TextCodec
     config: PreTrainedConfig
     prompts: PromptSet
-    batches: BatchStream
+    batches: Iterable[list[EncodedExample]]
     precision: Precision
     plan: Plan
+    data_digest: str
 
 
-def train(recipe: Recipe, *, display: Display | None = None) -> Summary:
+def train(recipe: Recipe, *, display: Display | None = None, resume: bool | None = None) -> Summary:
     """Distils a student as the recipe says.
 
     Args:
         recipe: what to do.
         display: the screen; by default the terminal.
+        resume: True goes on with the run in `recipe.output`, False starts anew in an empty folder,
+            None does what the folder is fit for.
 
     Returns:
         Validation figures before, between and after the stages; the models are in
         `recipe.output`, as `student/` and `discriminator/`.
 
     Raises:
-        GadFastError: the recipe does not fit its data or models, or a loss stopped being finite.
-        Interrupted: Ctrl-C; a checkpoint was written.
+        GadFastError: the recipe does not fit its data, its models or the run in its folder, a loss
+            stopped being finite, a checkpoint could not be written, or an alarm stopped the run.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
     display = display or Display()
-    RunFolder.require_free(recipe.output)
-    torch.manual_seed(recipe.seed)
+    start = find_start(recipe, resume=resume, say=display.say)
+    set_seed(recipe.seed % 2**32)
     inputs = load_inputs(recipe)
+    _require_same_data(inputs, start)
     show_plan(recipe, inputs, display)
-    game = set_up(recipe, inputs, display)
-    with game.recorder:
-        return _run(game, inputs)
+    with _with_responses(recipe, inputs) as inputs:
+        game = set_up(recipe, inputs, display, start)
+        with game.recorder:
+            _go_on(game, start)
+            return _run(game, inputs)
 
 
 def dry_run(recipe: Recipe, *, display: Display | None = None) -> Plan:
@@ -106,27 +123,32 @@ def load_inputs(recipe: Recipe) -> Inputs:
     prompts = load_prompt_set(recipe.data, codec)
     batches = BatchStream(prompts.train, batch_size=recipe.batch.prompts_per_step, seed=recipe.seed)
     plan = make_plan(recipe, prompts, config, precision)
-    return Inputs(codec, config, prompts, batches, precision, plan)
+    data = data_digest((*prompts.train, *prompts.validation))
+    return Inputs(codec, config, prompts, batches, precision, plan, data)
 
 
-def set_up(recipe: Recipe, inputs: Inputs, display: Display) -> Game:
-    """Models, optimizers and engine, with the symmetry check; makes the run folder at the end."""
+@contextlib.contextmanager
+def _with_responses(recipe: Recipe, inputs: Inputs) -> Generator[Inputs]:
+    """Inputs with all responses, or with a teacher that is asked for them while training."""
+    if inputs.prompts.is_answered:
+        yield inputs
+        return
+    assert isinstance(inputs.batches, BatchStream), inputs.batches
+    with ask_while_training(recipe.data, inputs.prompts, inputs.batches, inputs.codec) as live:
+        yield replace(inputs, prompts=live.prompts, batches=live.batches)
+
+
+def set_up(recipe: Recipe, inputs: Inputs, display: Display, start: Start) -> Game:
+    """Models, optimizers and engine, with the symmetry check; opens the run folder at the end."""
     precision, codec = inputs.precision, inputs.codec
     student = load_student(recipe, precision)
     _say_layout(display, "student", student)
-    engine = ReferenceEngine(
-        student.live_model,
-        precision,
-        end_id=codec.end_id,
-        max_sequences=recipe.rollout.max_sequences,
-    )
-    engine.start()
+    engine = _engine(recipe, student, codec, display)
     opponent = None
-    writers: Writers = {"student": lambda folder: student.save(folder, codec)}
     if recipe.method == "gad":
         opponent = _opponent(recipe, inputs, student, engine)
         _say_layout(display, "discriminator", opponent.discriminator)
-        writers["discriminator"] = opponent.discriminator.save
+    logs = {} if start.checkpoint is None else read_state(start.checkpoint)["logs"]
     return Game(
         recipe=recipe,
         codec=codec,
@@ -137,7 +159,42 @@ def set_up(recipe: Recipe, inputs: Inputs, display: Display) -> Game:
         opponent=opponent,
         engine=engine,
         batches=iter(inputs.batches),
-        recorder=Recorder(RunFolder.create(recipe), display, recipe.run, writers),
+        recorder=Recorder(RunFolder(recipe, logs), display, recipe.run),
+        health=Health(recipe.health),
+        data_digest=inputs.data_digest,
+        validate=lambda game: measure(game, inputs),
+    )
+
+
+def _require_same_data(inputs: Inputs, start: Start) -> None:
+    if start.checkpoint is not None and read_state(start.checkpoint)["data"] != inputs.data_digest:
+        raise CheckpointError(
+            f"the data is not what {start.checkpoint.name} was trained on (put the rows and the "
+            f"tokenizer back, or start anew with another --output)"
+        )
+
+
+def _go_on(game: Game, start: Start) -> None:
+    """Takes the game to where its run has got to, or checks that its checkpoints will fit."""
+    require_space(game.recipe.output, checkpoint_bytes(game))
+    if not start.keeps_rollouts:
+        game.recorder.journal.clear()
+    if start.checkpoint is not None:
+        restore(game, start.checkpoint)
+    set_aside_after(game.recipe.output, game.steps_done)
+
+
+def _engine(recipe: Recipe, student: Student, codec: TextCodec, display: Display) -> RolloutEngine:
+    settings = recipe.rollout
+    return start_engine(
+        settings.engine,
+        student.model,
+        student.precision,
+        endings=Endings(codec.end_id),
+        capacity=Capacity(
+            settings.max_sequences, settings.max_cached_tokens, recipe.data.max_tokens
+        ),
+        say=display.say,
     )
 
 
@@ -157,7 +214,7 @@ def show_plan(recipe: Recipe, inputs: Inputs, display: Display) -> None:
         ["student", f"{recipe.student.model}, {plan.num_parameters / 1e6:.1f} M parameters"],
         ["runs on", str(inputs.precision)],
         ["prompts", f"{plan.num_train} to train on, {plan.num_validation} to validate on"],
-        ["left out", f"{plan.num_overlong} prompts over {recipe.data.max_prompt_tokens} tokens"],
+        ["left out", inputs.prompts.describe_left_out()],
         ["steps", f"{plan.warmup_steps} of warm-up, {plan.game_steps} of the game"],
         ["a step", f"{plan.responses_per_step} responses, <= {plan.max_tokens_per_step} tokens"],
         ["memory", f"about {sum(plan.memory_gib.values()):.1f} GiB ({memory})"],
@@ -167,37 +224,59 @@ def show_plan(recipe: Recipe, inputs: Inputs, display: Display) -> None:
 
 
 def _run(game: Game, inputs: Inputs) -> Summary:
-    plan, validations = inputs.plan, {"start": _validate(game, inputs)}
-    if game.opponent is None:
-        imitate_only(game, plan.warmup_steps)
-    else:
-        warm_up(game, plan.warmup_steps)
-    validations["warm-up"] = _validate(game, inputs)
+    plan = inputs.plan
+    _validate(game, inputs, "start")
+    if game.stage in ("", "warmup"):
+        (imitate_only if game.opponent is None else warm_up)(game, plan.warmup_steps)
+    _validate(game, inputs, "warm-up")
     if plan.game_steps:
+        if game.stage != "game":
+            pass_gates(game, lambda: measure(game, inputs))
         play(game, plan.game_steps)
-        validations["game"] = _validate(game, inputs)
-    export(game.recipe.output, game.recorder.writers)
+        _validate(game, inputs, "game")
+    return _finish(game)
+
+
+def _finish(game: Game) -> Summary:
+    """Writes the models, and marks the run as finished."""
+    output, opponent = game.recipe.output, game.opponent
+    writers: Writers = {"student": lambda folder: game.student.save(folder, game.codec)}
+    if opponent is not None:
+        writers["discriminator"] = opponent.discriminator.save
+    game.recorder.wait()
+    export(output, writers)
     game.engine.close()
+    game.recorder.folder.finish({"steps": game.steps_done, "validations": game.validations})
+    game.recorder.journal.clear()
+    validations = {moment: Validation(**v) for moment, v in game.validations.items()}
     _show_validations(validations, game)
-    return Summary(game.recipe.output, game.steps_done, validations)
+    return Summary(output, game.steps_done, validations)
 
 
-def _validate(game: Game, inputs: Inputs) -> Validation:
+def _validate(game: Game, inputs: Inputs, moment: str) -> None:
+    """Figures at a moment between stages, unless the run has them from before it was cut off."""
+    if moment not in game.validations:
+        game.validations[moment] = measure(game, inputs)
+        game.recorder.stop_if_asked(game.steps_done, game.snapshot)
+
+
+def measure(game: Game, inputs: Inputs) -> Figures:
     """Figures of both players on the held-out prompts, always with the same random numbers."""
+    known = game.validation_now()
+    if known is not None:
+        return known
     discriminator = game.opponent.discriminator if game.opponent else None
+    game.student.activate()
     groups = sample_groups(
         game.engine,
         inputs.prompts.validation,
-        group_size=1,
-        sampling=game.sampling,
-        seed=game.recipe.seed,
-        weight_version=game.weight_version,
+        plan_of(game.recipe, group_size=1, seed=game.recipe.seed, version=game.weight_version),
     )
-    result = validate(game.student, discriminator, game.codec, groups, game.recipe)
-    line = {"step": game.steps_done, "stage": "validation", **asdict(result)}
+    figures = asdict(validate(game.student, discriminator, game.codec, groups, game.recipe))
+    line = {"step": game.steps_done, "stage": "validation", **figures}
     game.recorder.folder.write_metrics(line)
-    game.recorder.stop_if_asked(game.steps_done)
-    return result
+    game.note_validation(figures)
+    return figures
 
 
 def _show_validations(validations: dict[str, Validation], game: Game) -> None:
@@ -220,7 +299,7 @@ def _show_validations(validations: dict[str, Validation], game: Game) -> None:
 def _opponent(recipe: Recipe, inputs: Inputs, student: Student, engine: RolloutEngine) -> Opponent:
     """The discriminator, once it is shown to see nothing but content."""
     discriminator = load_discriminator(recipe, student, inputs.codec, inputs.precision)
-    _check_symmetry(recipe, inputs, engine, discriminator)
+    _check_symmetry(recipe, inputs, student, engine, discriminator)
     optimizer = PlayerOptimizer(
         "discriminator", discriminator.trainable_parameters(), recipe.optimizer
     )
@@ -228,13 +307,16 @@ def _opponent(recipe: Recipe, inputs: Inputs, student: Student, engine: RolloutE
 
 
 def _check_symmetry(
-    recipe: Recipe, inputs: Inputs, engine: RolloutEngine, discriminator: Discriminator
+    recipe: Recipe,
+    inputs: Inputs,
+    student: Student,
+    engine: RolloutEngine,
+    discriminator: Discriminator,
 ) -> None:
     # The longest teacher response is among the prompts: cut ones must be alike as well.
-    by_length = sorted(inputs.prompts.train, key=lambda prompt: len(prompt.teacher))
+    by_length = sorted(inputs.prompts.answered, key=lambda prompt: len(prompt.teacher))
     prompts = [*by_length[: NUM_SYMMETRY_GROUPS - 1], by_length[-1]]
-    sampling = sampling_of(recipe)
-    groups = sample_groups(
-        engine, prompts, group_size=1, sampling=sampling, seed=recipe.seed, weight_version=0
-    )
-    check_symmetry(discriminator, inputs.codec, groups, sampling)
+    plan = plan_of(recipe, group_size=1, seed=recipe.seed, version=0)
+    student.activate()
+    groups = sample_groups(engine, prompts, plan)
+    check_symmetry(discriminator, inputs.codec, groups, plan.sampling)

@@ -4,6 +4,7 @@ import json
 import sqlite3
 from pathlib import Path
 
+import datasets
 import pytest
 
 from gad_fast.cli.main import main
@@ -84,3 +85,47 @@ def test_a_mistake_is_one_line_and_exit_2(words, message, tmp_path, capsys, monk
     assert message in error
     assert len(error.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_chats_for_other_trainers_end_with_the_unflagged_responses(suffix, tmp_path, capsys):
+    fill(tmp_path / "cache.db", 3)
+    with TeacherCache.open(tmp_path / "cache.db") as cache:
+        request = TeacherRequest("teacher-1", [{"role": "user", "content": "cut?"}])
+        cache.put(request, TeacherResponse("It is", "length", flags=("truncated",)))
+    output = tmp_path / f"chats.{suffix}"
+    assert run("export", tmp_path / "cache.db", output, "--shape", "messages") == 0
+    assert "3 responses written" in capsys.readouterr().out
+    kind = "json" if suffix == "jsonl" else "parquet"
+    rows = datasets.load_dataset(kind, data_files=str(output), split="train")
+    assert rows.column_names == ["messages"]
+    assert sorted(row[-1]["content"] for row in rows["messages"]) == [
+        "It is 1.",
+        "It is 2.",
+        "It is 3.",
+    ]
+    assert [turn["role"] for turn in rows["messages"][0]] == ["user", "assistant"]
+    # What was written is read again as a training set.
+    assert run("import", tmp_path / "two.db", output, "--teacher", "me") == 0
+    assert "3 of them new" in capsys.readouterr().out
+
+
+def test_responses_that_a_user_has_are_imported_once(tmp_path, capsys):
+    rows = [("a", "x"), ("a", "y"), ("b", "x"), ("a", "x"), ("c", "I'm sorry, I can't help.")]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": p, "teacher_response": r}) + "\n" for p, r in rows)
+    )
+    assert run("import", tmp_path / "cache.db", path) == 2
+    assert "row 1 of" in (message := capsys.readouterr().err)
+    assert "has no teacher" in message
+    assert "--teacher NAME" in message
+    assert run("import", tmp_path / "cache.db", path, "--teacher", "gpt") == 0
+    assert "4 responses read" in (first := capsys.readouterr().out)
+    assert "4 of them new" in first
+    assert run("import", tmp_path / "cache.db", path, "--teacher", "gpt") == 0
+    assert "0 of them new" in capsys.readouterr().out
+    with TeacherCache.open(tmp_path / "cache.db", read_only=True) as cache:
+        stored = [(r.request.messages[0]["content"], r.request.sample_index) for r in cache]
+        assert stored == [("a", 0), ("a", 1), ("b", 0), ("c", 0)]
+        assert [row.response.flags for row in cache][-1] == ("refusal",)

@@ -149,11 +149,29 @@ def test_a_used_run_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, method="seqkd")
     assert run("train", recipe).returncode == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-    assert_user_error(run("train", recipe), "already holds the run 'tiny'")
+    assert_user_error(run("train", recipe), "already holds the finished run 'tiny'")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
 
 
-def test_ctrl_c_exits_130_with_a_loadable_checkpoint(tmp_path: Path) -> None:
+def test_a_run_that_was_stopped_is_gone_on_with(tmp_path: Path) -> None:
+    stop = {"truncation": {"threshold": 0.0, "window": 2, "action": "stop"}}
+    recipe = write_recipe(tmp_path, health=stop)
+    assert_user_error(run("train", recipe), "stopped at step 2, truncation is")
+    fresh = run("train", recipe, "--fresh")
+    assert_user_error(fresh, "already holds the run 'tiny'")
+    assert_user_error(run("train", recipe, "--seed", "5"), "seed: 0 -> 5")
+    both = run("train", recipe, "--fresh", "--resume")
+    assert_user_error(both, "give one of them")
+    result = run("train", recipe, "--health.truncation.action", "warn", "--resume")
+    assert result.returncode == 0, result.stderr
+    assert "going on with the run" in result.stdout
+    assert "from step-000002" in result.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_exits_130_with_a_loadable_checkpoint(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     recipe = write_recipe(tmp_path, warmup={"steps": 100_000, "discriminator_only_steps": 0})
     process = subprocess.Popen(
         [*COMMAND, "train", str(recipe)],
@@ -166,7 +184,7 @@ def test_ctrl_c_exits_130_with_a_loadable_checkpoint(tmp_path: Path) -> None:
     for line in process.stdout:
         if line.startswith("warmup"):
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "stopped at step" in errors

@@ -26,7 +26,7 @@ def values(folder: Path, name: str, student: Path, **sections: Any) -> dict[str,
         },
         "rollout": {"group_size": 8, "temperature": 1.0},
         "optimizer": {"max_grad_norm": 1.0},
-        "run": {"checkpoint_every": 10_000, "log_every": 100, "samples_per_step": 0},
+        "run": {"checkpoint_every_steps": 10_000, "log_every": 100, "samples_per_step": 0},
         "hardware": {"device": "cpu", "compute_dtype": "float32"},
         **sections,
     }

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import tiny
 from gad_fast import TextCodec
 from gad_fast.config import HardwareSettings, LearningRateSettings, OptimizerSettings, Recipe
-from gad_fast.data import encode_examples
+from gad_fast.data.prompt_set import encode_examples
 from gad_fast.errors import SymmetryError
 from gad_fast.game.optim import PlayerOptimizer
 from gad_fast.game.steps import train_discriminator
@@ -26,8 +26,9 @@ from gad_fast.models.discriminator import Discriminator, load_discriminator
 from gad_fast.models.loading import Precision
 from gad_fast.models.student import load_student
 from gad_fast.records import EncodedExample, Example, Group, Message, Response
-from gad_fast.rollout.engine import Sampling
-from gad_fast.rollout.groups import sample_groups
+from gad_fast.rollout.endings import Endings
+from gad_fast.rollout.engine import Capacity, Sampling
+from gad_fast.rollout.groups import GroupPlan, sample_groups
 from gad_fast.rollout.reference import ReferenceEngine
 from gad_fast.training import train
 
@@ -157,10 +158,10 @@ def test_g_the_step_after_them_trains_the_student(tmp_path: Path) -> None:
 
 def engine_groups(table: Table, end_id: int) -> list[Group]:
     model = AutoModelForCausalLM.from_pretrained(table.recipe.student.model).eval()
-    engine = ReferenceEngine(lambda: model, CPU, end_id=end_id, max_sequences=8)
+    engine = ReferenceEngine(model, CPU, endings=Endings(end_id), capacity=Capacity(8))
     prompts = [table.example("red sun", "one"), table.example("sea", "one two three red blue sky")]
     sampling = Sampling(temperature=1.0, max_tokens=6)
-    return sample_groups(engine, prompts, group_size=8, sampling=sampling, seed=0, weight_version=0)
+    return sample_groups(engine, prompts, GroupPlan(8, sampling, seed=0, weight_version=0))
 
 
 def test_the_start_up_check_passes_on_real_rollouts(table: Table) -> None:
@@ -171,7 +172,10 @@ def test_the_start_up_check_passes_on_real_rollouts(table: Table) -> None:
 
 def test_the_start_up_check_stops_a_student_that_ends_with_another_token(table: Table) -> None:
     groups = engine_groups(table, end_id=tiny.SPECIALS.index("<unk>"))
-    with pytest.raises(SymmetryError, match=r"student response of \d+ tokens ends with token 5"):
+    with pytest.raises(
+        SymmetryError,
+        match=r"student response of \d+ tokens ends with token \d+; it must end with",
+    ):
         check_symmetry(table.discriminator, table.codec, groups, Sampling(1.0, 6))
 
 

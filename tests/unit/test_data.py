@@ -9,13 +9,9 @@ from datasets import Dataset
 
 import tiny
 from gad_fast.config import DataSettings
-from gad_fast.data import (
-    BatchStream,
-    encode_examples,
-    load_prompt_set,
-    read_examples,
-    split_by_prompt,
-)
+from gad_fast.data.prompt_set import BatchStream, encode_examples, load_prompt_set
+from gad_fast.data.reading import read_examples
+from gad_fast.data.split import split_by_prompt
 from gad_fast.errors import ConfigError, DataError
 from gad_fast.records import Example, Message
 from gad_fast.text import TextCodec

@@ -1,14 +1,16 @@
 """Whole groups from an engine's single rollouts, in whatever order and from whatever weights."""
 
-from collections.abc import Iterator, Sequence
+import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from gad_fast.errors import EngineError
+from engines import FakeEngine
+from gad_fast.errors import ConfigError
 from gad_fast.records import EncodedExample, Example, Response
-from gad_fast.rollout.engine import GenOutput, GenRequest, Sampling
-from gad_fast.rollout.groups import sample_groups
+from gad_fast.rollout.engine import RolloutEngine, Sampling
+from gad_fast.rollout.groups import GroupPlan, GroupsError, iter_groups, sample_groups
 
 PROMPTS = [
     EncodedExample(
@@ -18,52 +20,68 @@ PROMPTS = [
     )
     for length in (4, 2, 6)
 ]
+PLAN = GroupPlan(3, Sampling(1.0, 8), seed=0, weight_version=3)
 
 
-class ShuffledEngine:
-    """Answers prompt g with rollouts [10 g + k] * (k + 1), last ones first."""
-
-    def __init__(self, *, version: int = 3, missing: int = 0) -> None:
-        self.version, self.missing = version, missing
-
-    def generate(self, requests: Sequence[GenRequest]) -> Iterator[GenOutput]:
-        outputs = [
-            GenOutput(r.group_id, self.response(r.group_id, k), None, self.version)
-            for r in requests
-            for k in range(r.n)
-        ]
-        return iter(outputs[self.missing :][::-1])
-
-    @staticmethod
-    def response(group_id: int, k: int) -> Response:
-        return Response(np.full(k + 1, 10 * group_id + k, np.int32), is_finished=k % 2 == 0)
-
-
-def sample(engine: ShuffledEngine):
-    return sample_groups(
-        engine,  # pyright: ignore[reportArgumentType]  (it is all that is asked of one)
-        PROMPTS,
-        group_size=3,
-        sampling=Sampling(1.0, 8),
-        seed=0,
-        weight_version=3,
-    )
-
-
-def test_groups_come_in_the_order_of_the_prompts_with_their_own_rollouts():
-    groups = sample(ShuffledEngine())
+def test_groups_come_in_the_order_of_the_prompts_with_their_own_rollouts() -> None:
+    groups = sample_groups(FakeEngine(), PROMPTS, PLAN)
     assert [group.prompt for group in groups] == PROMPTS
     for group_id, group in enumerate(groups):
-        found = {(rollout.ids.tobytes(), rollout.is_finished) for rollout in group.rollouts}
-        expected = [ShuffledEngine.response(group_id, k) for k in range(3)]
-        assert found == {(rollout.ids.tobytes(), rollout.is_finished) for rollout in expected}
+        assert group.logprobs is not None
+        found = {
+            (rollout.ids.tobytes(), rollout.is_finished, logprobs.tobytes())
+            for rollout, logprobs in zip(group.rollouts, group.logprobs, strict=True)
+        }
+        expected = [FakeEngine.response(group_id, k) for k in range(3)]
+        assert found == {
+            (r.ids.tobytes(), r.is_finished, np.full(k + 1, -(group_id + k / 8), "f4").tobytes())
+            for k, r in enumerate(expected)
+        }
 
 
-def test_rollouts_of_older_weights_stop_the_run():
-    with pytest.raises(EngineError, match=r"gave 0 of 3 whole groups of weight version 3 \(3 were"):
-        sample(ShuffledEngine(version=2))
+def test_an_engine_without_logprobs_gives_groups_without() -> None:
+    groups = sample_groups(FakeEngine(logprobs=False), PROMPTS, PLAN)
+    assert [group.logprobs for group in groups] == [None] * 3
 
 
-def test_missing_rollouts_stop_the_run():
-    with pytest.raises(EngineError, match="gave 2 of 3 whole groups"):
-        sample(ShuffledEngine(missing=1))
+def test_each_group_is_handed_on_when_it_is_complete() -> None:
+    """The engine waits for ever after the first two groups; they come all the same."""
+    release = threading.Event()
+    engine: RolloutEngine = FakeEngine(missing=3, hangs=release)
+    groups = iter_groups(engine, PROMPTS, PLAN)
+    assert [next(groups).index, next(groups).index] == [2, 1]
+    release.set()
+
+
+def test_rollouts_of_older_weights_stop_the_run() -> None:
+    with pytest.raises(GroupsError, match=r"gave 0 of 3 whole groups of weight version 3 \(3 were"):
+        sample_groups(FakeEngine(version=2), PROMPTS, PLAN)
+
+
+def test_missing_rollouts_stop_the_run() -> None:
+    with pytest.raises(GroupsError, match="gave 2 of 3 whole groups"):
+        sample_groups(FakeEngine(missing=1), PROMPTS, PLAN)
+
+
+def test_a_failure_carries_the_engines_words_and_the_complete_groups() -> None:
+    with pytest.raises(GroupsError, match=r"said 500 \(1 of 3 groups are complete\)") as caught:
+        sample_groups(FakeEngine(missing=4, fails=True), PROMPTS, PLAN)
+    (found,) = caught.value.found
+    assert found.index == 2
+    assert sorted(map(len, found.group.rollouts)) == [1, 2, 3]
+
+
+def test_an_engine_that_hangs_is_left_behind() -> None:
+    release = threading.Event()
+    engine = FakeEngine(missing=2, hangs=release)
+    with pytest.raises(GroupsError, match=r"no rollout for 0 s .*\(2 of 3 groups") as caught:
+        sample_groups(engine, PROMPTS, replace(PLAN, timeout_seconds=0.05))
+    release.set()
+    assert [found.index for found in caught.value.found] == [2, 1]
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 5}, {"top_p": 0.9}, {"stop": ("\n",)}])
+def test_cut_distributions_are_not_learned_from(cut: dict[str, object]) -> None:
+    sampling = Sampling(1.0, 8, **cut)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match="drawn from the whole distribution, got top_k"):
+        sample_groups(FakeEngine(), PROMPTS, replace(PLAN, sampling=sampling))

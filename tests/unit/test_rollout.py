@@ -15,7 +15,8 @@ from gad_fast.models.batch import Item, pad
 from gad_fast.models.loading import Precision
 from gad_fast.models.student import Student
 from gad_fast.records import Response
-from gad_fast.rollout.engine import GenOutput, GenRequest, ModuleWeights, Sampling
+from gad_fast.rollout.endings import Endings
+from gad_fast.rollout.engine import Capacity, GenOutput, GenRequest, ModuleWeights, Sampling
 from gad_fast.rollout.reference import ReferenceEngine
 
 END = 4
@@ -39,7 +40,7 @@ def requests(
 
 
 def generate(model: Any, wanted: list[GenRequest], max_sequences: int = 64) -> list[GenOutput]:
-    engine = ReferenceEngine(lambda: model, CPU, end_id=END, max_sequences=max_sequences)
+    engine = ReferenceEngine(model, CPU, endings=Endings(END), capacity=Capacity(max_sequences))
     return list(engine.generate(wanted))
 
 
@@ -118,7 +119,7 @@ def test_rollouts_end_with_the_end_token_or_at_the_limit() -> None:
 
 def test_outputs_carry_the_version_of_the_weights() -> None:
     model = llama()
-    engine = ReferenceEngine(lambda: model, CPU, end_id=END, max_sequences=8)
+    engine = ReferenceEngine(model, CPU, endings=Endings(END), capacity=Capacity(8))
     assert {output.weight_version for output in engine.generate(requests(1, 1.0))} == {0}
     weights = ModuleWeights(model)
     report = engine.sync_weights(weights, version=3)

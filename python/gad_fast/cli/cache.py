@@ -29,10 +29,16 @@ def cache(words: list[str]) -> None:
             print(f"{verification.num_rows} rows, all as they were stored")  # noqa: T201
         case ["export", path, output]:
             print(cache_command.export(Path(path), Path(output)))  # noqa: T201
+        case ["export", path, output, "--shape", "messages"]:
+            print(cache_command.export_messages(Path(path), Path(output)))  # noqa: T201
         case ["import", path, source]:
             print(cache_command.import_(Path(path), Path(source)))  # noqa: T201
+        case ["import", path, source, "--teacher", teacher]:
+            from gad_fast.data.importing import import_examples
+
+            print(import_examples(Path(path), source, teacher))  # noqa: T201
         case _:
             raise ConfigError(
-                f"cache takes info CACHE, verify CACHE, export CACHE OUTPUT or import CACHE "
-                f"SOURCE, got {' '.join(words) or 'nothing'}"
+                f"cache takes info CACHE, verify CACHE, export CACHE OUTPUT [--shape messages] or "
+                f"import CACHE SOURCE [--teacher NAME], got {' '.join(words) or 'nothing'}"
             )

@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
+from gad_fast.cli.bench import bench
 from gad_fast.cli.cache import cache
+from gad_fast.cli.collect import collect
+from gad_fast.cli.generate import generate
 from gad_fast.cli.train import train
 from gad_fast.errors import ConfigError, GadFastError
 
@@ -15,16 +18,27 @@ usage: gad-fast COMMAND ...
 Distils a language model from a teacher that can only be asked for text.
 
 commands:
-  train RECIPE.toml [--a.b value ...] [--dry-run]   play the game that a recipe describes
+  train RECIPE.toml [--a.b value ...] [--dry-run]   play the game that a recipe describes, or go on
+                    [--resume | --fresh]            with an unfinished run in its output folder
+  collect RECIPE.toml [--a.b value ...]             ask a teacher's API for responses
+                      [--estimate] [--dry-run]
+  generate MODEL --prompts FILE --output FILE       answer prompts with a model
   cache info CACHE                                  what a cache of teacher responses holds
   cache verify CACHE                                check every row of it
-  cache export CACHE OUTPUT                         write it to a .jsonl or .parquet file
-  cache import CACHE SOURCE                         bring such a file into it
+  cache export CACHE OUTPUT [--shape messages]      write it to a .jsonl or .parquet file
+  cache import CACHE SOURCE [--teacher NAME]        bring such a file, or other rows, into it
+  bench BENCHMARK [--quick] [--output FILE.json]    time a part against its peers
 
-`gad-fast train --help` lists what a recipe may say.
+`gad-fast train --help` lists what a recipe may say, `gad-fast generate --help` its options.
 """
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "cache": cache}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train,
+    "collect": collect,
+    "generate": generate,
+    "cache": cache,
+    "bench": bench,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

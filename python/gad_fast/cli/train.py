@@ -23,6 +23,11 @@ class Train:
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the resolved recipe and the sizes that follow from it; train nothing."""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Go on with the run in the output folder, and start none if there is nothing to go on with."""
+    fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Start anew in an empty folder, and never go on with a run. Without either flag a run goes on
+    if there is one."""
 
 
 def train(words: list[str]) -> None:
@@ -32,13 +37,22 @@ def train(words: list[str]) -> None:
     if not words or words[0].startswith("-"):
         raise ConfigError("train needs a recipe: gad-fast train RECIPE.toml [--a.b value ...]")
     path, *flags = words
-    recipe = Recipe.from_toml(path, overrides=overrides([f for f in flags if f != "--dry-run"]))
+    switches = {"--dry-run", "--resume", "--fresh"} & set(flags)
+    if {"--resume", "--fresh"} <= switches:
+        raise ConfigError("--resume goes on with a run, --fresh never does: give one of them")
+    recipe = Recipe.from_toml(path, overrides=overrides([f for f in flags if f not in switches]))
     # peft imports bitsandbytes where that is installed, which warns of kernels not used here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Imported here: torch takes seconds, and neither help nor a mistaken recipe needs it.
     from gad_fast import training
 
-    if "--dry-run" in flags:
+    if "--dry-run" in switches:
         training.dry_run(recipe)
     else:
-        training.train(recipe)
+        training.train(recipe, resume=_resume(switches))
+
+
+def _resume(switches: set[str]) -> bool | None:
+    if "--resume" in switches:
+        return True
+    return False if "--fresh" in switches else None

@@ -4,7 +4,10 @@ A recipe is validated once, when it is made; every later stage trusts it. This p
 torch, so that `gad-fast --help` is quick and a recipe can be checked on any machine.
 """
 
+from gad_fast.config.collect import BudgetSettings, CollectRecipe, RetrySettings, TeacherSettings
 from gad_fast.config.data import DataSettings
+from gad_fast.config.generate import GenerateSettings
+from gad_fast.config.health import HealthSettings, Watch
 from gad_fast.config.learning import (
     BatchSettings,
     GameSettings,
@@ -21,17 +24,24 @@ from gad_fast.config.run import HardwareSettings, RunSettings
 
 __all__ = [
     "BatchSettings",
+    "BudgetSettings",
+    "CollectRecipe",
     "DataSettings",
     "DiscriminatorSettings",
     "GameSettings",
+    "GenerateSettings",
     "HardwareSettings",
+    "HealthSettings",
     "LearningRateSettings",
     "LoraSettings",
     "OptimizerSettings",
     "Recipe",
+    "RetrySettings",
     "RolloutSettings",
     "RunSettings",
     "StageSettings",
     "StudentSettings",
+    "TeacherSettings",
     "WarmupSettings",
+    "Watch",
 ]

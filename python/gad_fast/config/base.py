@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self, cast, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -101,8 +101,12 @@ def _describe_one(problem: dict[str, Any], root: type[BaseModel]) -> str:
 
 def _section(root: type[BaseModel], path: list[str]) -> type[BaseModel]:
     """The settings class that stands at a path of keys."""
-    for key in path:
+    keys = iter(path)
+    for key in keys:
         annotation = root.model_fields[key].annotation
+        if get_origin(annotation) is dict:
+            next(keys)  # the name of one of many sections
+            annotation = get_args(annotation)[1]
         assert isinstance(annotation, type), annotation
         assert issubclass(annotation, BaseModel), annotation
         root = annotation

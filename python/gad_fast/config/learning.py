@@ -90,3 +90,5 @@ class GameSettings(StageSettings):
     """Least standard deviation to divide by; keeps noise small once a group is all alike."""
     kl_coef: float = Field(default=0.001, ge=0)
     """Weight of the k3 estimate of KL(student || student after warm-up); 0 keeps no reference."""
+    reset_optimizer: bool = False
+    """Forget both players' optimizer states of warm-up, as the official code does."""

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from gad_fast.config.base import Document
 from gad_fast.config.data import DataSettings
+from gad_fast.config.health import HealthSettings
 from gad_fast.config.learning import (
     BatchSettings,
     GameSettings,
@@ -29,7 +30,7 @@ class Recipe(Document):
     name: str = Field(min_length=1)
     """Shown on the screen and in the reports."""
     output: Path
-    """The run folder; it must not hold another run."""
+    """The run folder; an unfinished run of this recipe in it goes on where it was."""
     seed: int = Field(default=0, ge=0)
     """Decides order of data, rollouts and the discriminator's fresh head."""
     method: Literal["gad", "seqkd"] = "gad"
@@ -45,6 +46,7 @@ class Recipe(Document):
     optimizer: OptimizerSettings = OptimizerSettings()
     run: RunSettings = RunSettings()
     hardware: HardwareSettings = HardwareSettings()
+    health: HealthSettings = HealthSettings()
 
     @model_validator(mode="after")
     def _can_centre_rewards(self) -> Self:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gad_fast.config.base import Settings
 
@@ -12,14 +12,34 @@ from gad_fast.config.base import Settings
 class RunSettings(Settings):
     """What is written, and how often."""
 
-    checkpoint_every: int = Field(default=50, ge=1)
+    checkpoint_every_steps: int = Field(default=50, ge=1)
     """Steps between checkpoints."""
-    keep_checkpoints: int = Field(default=2, ge=1)
+    checkpoint_every_minutes: float | None = Field(default=None, gt=0)
+    """A checkpoint is also written at the first step that ends so long after the last one."""
+    keep_last: int = Field(default=2, ge=1)
     """So many of the newest checkpoints are kept."""
+    keep_best: int = Field(default=0, ge=0)
+    """So many of the best checkpoints are kept besides; needs `validate_every`."""
+    best_by: Literal["teacher_nll", "rouge_l"] = "teacher_nll"
+    """The validation figure that makes a checkpoint the best: lowest NLL or highest ROUGE-L."""
+    validate_every: int = Field(default=0, ge=0)
+    """Steps between validations within a stage; 0 validates at the start and after each stage."""
+    grace_seconds: float = Field(default=25.0, gt=0)
+    """After SIGTERM a step may take so long to come to a point where a checkpoint can be written;
+    then the process leaves with the checkpoint before."""
     samples_per_step: int = Field(default=1, ge=0)
     """Groups a step written to samples.jsonl as text."""
     log_every: int = Field(default=1, ge=1)
     """Steps between lines on the screen; metrics.jsonl has every step."""
+
+    @model_validator(mode="after")
+    def _can_tell_the_best(self) -> Self:
+        if self.keep_best and not self.validate_every:
+            raise ValueError(
+                f"keep_best = {self.keep_best} needs validations to compare "
+                f"(set run.validate_every = {self.checkpoint_every_steps}, say)"
+            )
+        return self
 
 
 class HardwareSettings(Settings):

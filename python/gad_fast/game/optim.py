@@ -25,16 +25,38 @@ class PlayerOptimizer:
     ) -> None:
         self.player = player
         self.learning_rate = 0.0
+        self.is_paused = False
+        """Updates are left out, and the weights stay as they are."""
         self._max_grad_norm = settings.max_grad_norm
         self._parameters = [p for p in parameters if p.requires_grad]
-        self._adamw = _adamw(self._parameters, settings)
+        self._settings = settings
+        self._adamw = self._fresh()
         self._schedule: Schedule = lambda _: 0.0
         self._num_updates = 0
 
-    def begin_stage(self, settings: LearningRateSettings, num_updates: int) -> None:
-        """Starts the schedule of a stage of `num_updates` updates."""
+    def begin_stage(
+        self, settings: LearningRateSettings, num_updates: int, num_done: int = 0
+    ) -> None:
+        """Starts the schedule of a stage of `num_updates` updates, of which `num_done` are done."""
         self._schedule = schedule(settings, num_updates)
-        self._num_updates = 0
+        self._num_updates = num_done
+
+    def forget(self) -> None:
+        """Drops the moments, as the official code does between warm-up and game."""
+        self._adamw = self._fresh()
+
+    @property
+    def num_updates(self) -> int:
+        """Updates of the stage so far, which is where its schedule stands."""
+        return self._num_updates
+
+    def state_dict(self) -> dict[str, Any]:
+        """The moments, as `torch.optim` gives them."""
+        return self._adamw.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over the moments that `state_dict` gave."""
+        self._adamw.load_state_dict(state)
 
     def update(self, loss: float) -> float:
         """Clips the gradients, updates the weights, and clears the gradients.
@@ -54,6 +76,10 @@ class PlayerOptimizer:
                 f"the {self.player}'s loss is {loss} with gradient norm {norm}: stopped before the "
                 f"update (lower its learning rate or hardware.compute_dtype = 'float32')"
             )
+        if self.is_paused:
+            self.learning_rate = 0.0
+            self._adamw.zero_grad()
+            return norm
         self.learning_rate = self._schedule(self._num_updates)
         for group in self._adamw.param_groups:
             group["lr"] = self.learning_rate
@@ -61,6 +87,9 @@ class PlayerOptimizer:
         self._adamw.zero_grad()
         self._num_updates += 1
         return norm
+
+    def _fresh(self) -> torch.optim.Optimizer:
+        return _adamw(self._parameters, self._settings)
 
 
 def require_optimizer(settings: OptimizerSettings, device: torch.device) -> None:

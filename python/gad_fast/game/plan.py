@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from gad_fast.config import Recipe
-from gad_fast.data import PromptSet
+from gad_fast.data.prompt_set import PromptSet
 from gad_fast.models.loading import Precision, causal_lm_from_config
 
 GIB = 2**30

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -24,6 +24,7 @@ from gad_fast.models.loading import (
 )
 from gad_fast.models.lora import Adapter, AdapterSet
 from gad_fast.models.micro_batches import lay_out, plan
+from gad_fast.models.saving import copy_for_saving, load_weights
 from gad_fast.models.shared_prompts import can_share_prompts
 from gad_fast.models.student import Student
 from gad_fast.records import Group, Response
@@ -182,8 +183,31 @@ class Discriminator(nn.Module):
             self.model.save_pretrained(folder)
         else:
             self.model.save_pretrained(folder, state_dict=self.adapter.merged_state(self.model))
-            self.adapter.save(folder / "adapter", self.model, self.head)
+            self.adapter.copy_for_saving(self.model, self.head)(folder / "adapter")
         codec.tokenizer.save_pretrained(folder)
+
+    def copy_for_saving(self) -> Callable[[Path], None]:
+        """Copies what is learned now; the result writes it later: a whole model, or the adapter."""
+        codec = self.reader.codec
+        cast(Any, self.model.config).pad_token_id = codec.pad_id
+        write_weights = (
+            copy_for_saving(self.model)
+            if self.adapter is None
+            else self.adapter.copy_for_saving(self.model, self.head)
+        )
+
+        def write(folder: Path) -> None:
+            write_weights(folder)
+            codec.tokenizer.save_pretrained(folder)
+
+        return write
+
+    def load_weights(self, folder: Path) -> None:
+        """Takes over what a folder of `copy_for_saving` holds, head included, bit for bit."""
+        if self.adapter is None:
+            load_weights(self.model, folder)
+        else:
+            self.adapter.load(folder, self.model, self.head)
 
 
 def _scorer(

@@ -20,6 +20,9 @@ from gad_fast.config import DataSettings, HardwareSettings
 from gad_fast.errors import ConfigError, ModelError
 from gad_fast.models.recomputation import recomputed_layers
 
+_SAFE: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
+"""Left open, transformers asks on the terminal, and takes pickle where there is nothing else."""
+
 
 class Precision:
     """The device, and the precision of the matrix products on it."""
@@ -59,7 +62,7 @@ def load_config(source: str) -> PreTrainedConfig:
     Raises:
         ModelError: it cannot be found or read.
     """
-    return _attempt(source, lambda: AutoConfig.from_pretrained(source))
+    return _attempt(source, lambda: AutoConfig.from_pretrained(source, trust_remote_code=False))
 
 
 def load_causal_lm(source: str, *, dtype: str, device: torch.device) -> PreTrainedModel:
@@ -70,7 +73,7 @@ def load_causal_lm(source: str, *, dtype: str, device: torch.device) -> PreTrain
     """
     model = _attempt(
         source,
-        lambda: AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype)),
+        lambda: AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **_SAFE),
     )
     return _ready(model, device)
 
@@ -84,7 +87,7 @@ def load_scorer(source: str, *, dtype: str, device: torch.device) -> PreTrainedM
     model = _attempt(
         source,
         lambda: AutoModelForSequenceClassification.from_pretrained(
-            source, num_labels=1, dtype=getattr(torch, dtype)
+            source, num_labels=1, dtype=getattr(torch, dtype), **_SAFE
         ),
     )
     return _ready(model, device)
@@ -121,9 +124,7 @@ def _fresh_head(scorer: Any, model: Any) -> nn.Linear:
     weight: Tensor = model.get_input_embeddings().weight
     dtype = torch.promote_types(weight.dtype, torch.float32)
     has_bias = scorer.score.bias is not None
-    head = nn.Linear(
-        scorer.score.in_features, 1, bias=has_bias, device=weight.device, dtype=dtype
-    )
+    head = nn.Linear(scorer.score.in_features, 1, bias=has_bias, device=weight.device, dtype=dtype)
     nn.init.normal_(head.weight, std=scorer.config.get_text_config().initializer_range)
     if has_bias:
         nn.init.zeros_(head.bias)

@@ -25,7 +25,7 @@ def can_share_prompts(model: PreTrainedModel, *, max_tokens: int | None) -> bool
             window below it would have to be part of the mask, which here is not.
     """
     parameter = next(model.parameters())
-    window = _window(model.config)
+    window = sliding_window(model.config)
     has_window = window is not None and (max_tokens is None or window < max_tokens)
     if parameter.dtype not in _TOLERANCE or has_window:
         return False
@@ -40,7 +40,8 @@ def can_share_prompts(model: PreTrainedModel, *, max_tokens: int | None) -> bool
     return bool((shared - padded).abs().max() <= limit)
 
 
-def _window(config: PreTrainedConfig) -> int | None:
+def sliding_window(config: PreTrainedConfig) -> int | None:
+    """How many tokens the narrowest layers see, None where all see the whole sequence."""
     text: Any = config.get_text_config()
     if getattr(text, "use_sliding_window", True) is False:
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from gad_fast.models.language_head import fuse_head
 from gad_fast.models.loading import Precision, load_causal_lm
 from gad_fast.models.lora import Adapter, AdapterSet
 from gad_fast.models.micro_batches import micro_batches
+from gad_fast.models.saving import copy_for_saving, load_weights
 from gad_fast.models.shared_prompts import can_share_prompts
 from gad_fast.text import TextCodec
 
@@ -35,7 +36,7 @@ def load_student(recipe: Recipe, precision: Precision) -> Student:
         return Student(model, precision, max_tokens=max_tokens)
     adapter = AdapterSet(model, recipe.lora, settings.model).add("student")
     if recipe.lora.start_from is not None:
-        adapter.load(Path(recipe.lora.start_from), model.base_model_prefix)
+        adapter.load(Path(recipe.lora.start_from), model)
     return Student(model, precision, max_tokens=max_tokens, adapter=adapter)
 
 
@@ -61,11 +62,10 @@ class Student(nn.Module):
         self.head_options = fuse_head(model)
         self.shares_prompts = can_share_prompts(model, max_tokens=max_tokens)
 
-    def live_model(self) -> PreTrainedModel:
-        """The model as it is now, with the student's adapter in it; what an engine samples from."""
+    def activate(self) -> None:
+        """Lets its adapter, if it has one, take part in what the model reads from now on."""
         if self.adapter is not None:
             self.adapter.activate()
-        return self.model
 
     def trainable_parameters(self) -> Iterable[nn.Parameter]:
         """What an update changes: all weights, or the adapter's."""
@@ -131,9 +131,9 @@ class Student(nn.Module):
 
     def _head(self, batch: Batch, **options: Any) -> Any:
         assert self.head_options is not None
-        model = self.live_model()
-        output: Any = model.base_model(**batch.model_inputs, use_cache=False)
-        head: Any = model.get_output_embeddings()
+        self.activate()
+        output: Any = self.model.base_model(**batch.model_inputs, use_cache=False)
+        head: Any = self.model.get_output_embeddings()
         return head(
             batch.predictors(output.last_hidden_state),
             batch.labels,
@@ -142,7 +142,8 @@ class Student(nn.Module):
         )
 
     def _logits(self, batch: Batch) -> Tensor:
-        output: Any = self.live_model()(**batch.model_inputs, use_cache=False)
+        self.activate()
+        output: Any = self.model(**batch.model_inputs, use_cache=False)
         return batch.predictors(output.logits)  # [T, V]
 
     @property
@@ -159,8 +160,26 @@ class Student(nn.Module):
             self.model.save_pretrained(folder)
         else:
             self.model.save_pretrained(folder, state_dict=self.adapter.merged_state(self.model))
-            self.adapter.save(folder / "adapter", self.model)
+            self.adapter.copy_for_saving(self.model)(folder / "adapter")
         codec.tokenizer.save_pretrained(folder)
+
+    def copy_for_saving(self, codec: TextCodec) -> Callable[[Path], None]:
+        """Copies what is learned now; the result writes it later: a whole model, or the adapter."""
+        adapter, model = self.adapter, self.model
+        write_weights = adapter.copy_for_saving(model) if adapter else copy_for_saving(model)
+
+        def write(folder: Path) -> None:
+            write_weights(folder)
+            codec.tokenizer.save_pretrained(folder)
+
+        return write
+
+    def load_weights(self, folder: Path) -> None:
+        """Takes over what a folder of `copy_for_saving` holds, bit for bit."""
+        if self.adapter is None:
+            load_weights(self.model, folder)
+        else:
+            self.adapter.load(folder, self.model)
 
     def frozen_copy(self) -> Student:
         """The student as it is, for the KL reference: a copy of what it learns, and no more."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from enum import StrEnum
+from typing import Protocol
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gad_fast.records import Ids, Response
+from gad_fast.errors import ConfigError
+from gad_fast.records import Ids, Logprobs, Response
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,16 +26,63 @@ class EngineCaps:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
-    """How tokens are drawn: from the whole distribution, without top-k and top-p.
+class Capacity:
+    """How much an engine may hold at once."""
 
-    Cut distributions would make the policy loss's log-probabilities wrong.
+    max_sequences: int
+    """Rollouts."""
+    max_cached_tokens: int | None = None
+    """Tokens of all rollouts together, prompts included; None leaves it to `max_sequences`."""
+    longest_sequence: int | None = None
+    """Most tokens that any prompt and response will have together, None where it is not known."""
+
+    def rows(self, num_columns: int) -> int:
+        """Rollouts of so many tokens that are sampled at once, at least 1."""
+        if self.max_cached_tokens is None:
+            return self.max_sequences
+        return max(1, min(self.max_sequences, self.max_cached_tokens // num_columns))
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Top-k, top-p and stop strings are for generation alone: the policy loss differentiates the whole
+    distribution, and a response that a string ended has no end token for the discriminator to read.
     """
 
     temperature: float
     """0 takes the most likely token."""
     max_tokens: int
     """Most tokens of a response, the end token included."""
+    top_k: int = 0
+    """Draw from the so many most likely tokens; 0 draws from all."""
+    top_p: float = 1.0
+    """Draw from the fewest most likely tokens that have this probability together."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response; the token that completes one is its last."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ConfigError(
+                f"temperature must be 0 or more, got {self.temperature} (0 takes the likeliest "
+                f"token, 1 draws from the model's own distribution)"
+            )
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if self.top_k < 0:
+            raise ConfigError(
+                f"top_k must be 0 or more, got {self.top_k} (0 draws from all tokens)"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be over 0 and at most 1, got {self.top_p} (1 cuts none)")
+        if "" in self.stop:
+            raise ConfigError("a stop string must not be empty")
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether a policy loss on the responses is unbiased."""
+        return self.top_k == 0 and self.top_p == 1 and not self.stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +97,29 @@ class GenRequest:
     seed: int
 
 
+class FinishReason(StrEnum):
+    """Why a response has no more tokens."""
+
+    END = "end"
+    """The end token was sampled."""
+    STOP = "stop"
+    """A stop string was completed."""
+    LENGTH = "length"
+    """It was cut at `max_tokens`."""
+
+
 @dataclass(frozen=True, slots=True)
 class GenOutput:
     """One rollout."""
 
     group_id: int
+    rollout_index: int
+    """Its number among the `n` of its request, from 0."""
     response: Response
-    logprobs: NDArray[Any] | None
-    """Float32 [R] at the sampling temperature, None from an engine without `caps.logprobs`."""
+    logprobs: Logprobs | None
+    """Float32 [R] of the distribution that each token was drawn from; at temperature 0 that of the
+    model itself. None from an engine without `caps.logprobs`."""
+    finish_reason: FinishReason
     weight_version: int
     """Version of the weights that sampled it."""
 
@@ -108,7 +172,13 @@ class RolloutEngine(Protocol):
         ...
 
     def generate(self, requests: Sequence[GenRequest]) -> Iterator[GenOutput]:
-        """Rollouts in the order in which they finish; raises EngineError on failure."""
+        """Rollouts in the order in which they finish; all requests share their sampling.
+
+        Until the last one is out, the caller neither updates nor differentiates the student.
+
+        Raises:
+            EngineError: a request does not fit, or sampling failed.
+        """
         ...
 
     def sync_weights(self, source: WeightSource, version: int) -> SyncReport:

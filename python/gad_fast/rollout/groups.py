@@ -2,68 +2,136 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from gad_fast._core import FINISH_LENGTH, FINISH_STOP, RolloutBatch, RolloutBuffer
-from gad_fast.errors import EngineError
-from gad_fast.records import EncodedExample, Group, Response
-from gad_fast.rollout.engine import GenRequest, RolloutEngine, Sampling
+from gad_fast.errors import ConfigError, EngineError
+from gad_fast.records import EncodedExample, Group, Logprobs, Response
+from gad_fast.rollout.engine import GenOutput, GenRequest, RolloutEngine, Sampling
+from gad_fast.rollout.patience import outputs_within
+
+DEFAULT_TIMEOUT_SECONDS = 1800.0
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPlan:
+    """What groups are asked for."""
+
+    group_size: int
+    """Rollouts a prompt."""
+    sampling: Sampling
+    """From the whole distribution: the losses take every token to be drawn from it."""
+    seed: int
+    weight_version: int
+    """That of the student now; the losses take rollouts to be its own."""
+    timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
+    """Longest wait for a rollout to finish."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A group as soon as it is complete."""
+
+    index: int
+    """Of its prompt."""
+    group: Group
+
+
+class GroupsError(EngineError):
+    """The engine failed, or gave too few rollouts; the groups that are complete are not lost."""
+
+    def __init__(self, message: str, found: Sequence[Found]) -> None:
+        super().__init__(message)
+        self.found = list(found)
+        """Complete groups, in the order in which they came."""
 
 
 def sample_groups(
-    engine: RolloutEngine,
-    prompts: Sequence[EncodedExample],
-    *,
-    group_size: int,
-    sampling: Sampling,
-    seed: int,
-    weight_version: int,
+    engine: RolloutEngine, prompts: Sequence[EncodedExample], plan: GroupPlan
 ) -> list[Group]:
-    """Samples `group_size` rollouts of each prompt; groups come in the order of the prompts.
-
-    Args:
-        engine: what samples.
-        prompts: one a group.
-        group_size: rollouts a prompt.
-        sampling: how tokens are drawn.
-        seed: of the random numbers.
-        weight_version: that of the student now; the losses take rollouts to be its own.
+    """Samples a group for each prompt; groups come in the order of the prompts.
 
     Raises:
-        EngineError: the engine gave too few rollouts, or some of older weights.
+        GroupsError: the engine failed, gave too few rollouts, or some of older weights.
     """
+    groups = {found.index: found.group for found in iter_groups(engine, prompts, plan)}
+    return [groups[index] for index in range(len(prompts))]
+
+
+def iter_groups(
+    engine: RolloutEngine, prompts: Sequence[EncodedExample], plan: GroupPlan
+) -> Iterator[Found]:
+    """Samples a group for each prompt; each comes when its last rollout is finished.
+
+    Raises:
+        GroupsError: the engine failed, gave too few rollouts, or some of older weights.
+        ConfigError: the sampling settings cut the distribution.
+    """
+    _require_trainable(plan.sampling)
     requests = [
-        GenRequest(group_id, prompt.prompt_ids, group_size, sampling, seed)
-        for group_id, prompt in enumerate(prompts)
+        GenRequest(index, prompt.prompt_ids, plan.group_size, plan.sampling, plan.seed)
+        for index, prompt in enumerate(prompts)
     ]
-    buffer = RolloutBuffer(group_size, streams=(), max_staleness=0)
-    for output in engine.generate(requests):
-        buffer.push(
-            output.group_id,
-            prompts[output.group_id].prompt_ids,
-            output.response.ids,
-            finish_reason=FINISH_STOP if output.response.is_finished else FINISH_LENGTH,
-            weight_version=output.weight_version,
+    streams = ("logprobs",) if engine.caps.logprobs else ()
+    buffer = RolloutBuffer(plan.group_size, streams=streams, max_staleness=0)
+    complete: list[Found] = []
+    try:
+        for output in outputs_within(plan.timeout_seconds, engine, requests):
+            _push(buffer, prompts[output.group_id], output)
+            while (batch := _take(buffer, plan)) is not None:
+                complete.append(_found(batch, prompts))
+                yield complete[-1]
+    except EngineError as error:
+        kept = f"{len(complete)} of {len(prompts)} groups are complete"
+        raise GroupsError(f"{error} ({kept})", complete) from error
+    if len(complete) < len(prompts):
+        raise GroupsError(
+            f"the engine gave {len(complete)} of {len(prompts)} whole groups of weight version "
+            f"{plan.weight_version} ({buffer.num_dropped} were of older weights)",
+            complete,
         )
-    batch = buffer.take(len(prompts), current_version=weight_version, timeout=0.0)
-    if batch is None:
-        raise EngineError(
-            f"the engine gave {buffer.ready_groups} of {len(prompts)} whole groups of weight "
-            f"version {weight_version} ({buffer.num_dropped} were of older weights)"
-        )
-    return _groups(batch, prompts)
 
 
-def _groups(batch: RolloutBatch, prompts: Sequence[EncodedExample]) -> list[Group]:
-    """The groups of a batch by prompt; the ids are views of the batch's memory."""
+def _require_trainable(sampling: Sampling) -> None:
+    if not sampling.is_trainable:
+        raise ConfigError(
+            f"rollouts to learn from are drawn from the whole distribution, got top_k "
+            f"{sampling.top_k}, top_p {sampling.top_p} and {len(sampling.stop)} stop strings "
+            f"(leave them to gad-fast generate)"
+        )
+
+
+def _push(buffer: RolloutBuffer, prompt: EncodedExample, output: GenOutput) -> None:
+    streams = {} if output.logprobs is None else {"logprobs": output.logprobs}
+    buffer.push(
+        output.group_id,
+        prompt.prompt_ids,
+        output.response.ids,
+        finish_reason=FINISH_STOP if output.response.is_finished else FINISH_LENGTH,
+        weight_version=output.weight_version,
+        **streams,
+    )
+
+
+def _take(buffer: RolloutBuffer, plan: GroupPlan) -> RolloutBatch | None:
+    return buffer.take(1, current_version=plan.weight_version, timeout=0.0)
+
+
+def _found(batch: RolloutBatch, prompts: Sequence[EncodedExample]) -> Found:
+    """The one group of a batch; its arrays are views of the batch's memory."""
     starts = batch.offsets[:-1] + batch.prompt_lengths
     rollouts = [
         Response(batch.tokens[start:end], bool(reason == FINISH_STOP))
         for start, end, reason in zip(starts, batch.offsets[1:], batch.finish_reasons, strict=True)
     ]
-    size = batch.group_size
-    by_prompt = {
-        int(group_id): rollouts[index * size : (index + 1) * size]
-        for index, group_id in enumerate(batch.group_ids[::size])
-    }
-    return [Group(prompt, by_prompt[index]) for index, prompt in enumerate(prompts)]
+    index = int(batch.group_ids[0])
+    return Found(index, Group(prompts[index], rollouts, _logprobs(batch)))
+
+
+def _logprobs(batch: RolloutBatch) -> list[Logprobs] | None:
+    if "logprobs" not in batch.streams:
+        return None
+    return np.split(batch.stream("logprobs"), batch.response_offsets[1:-1])

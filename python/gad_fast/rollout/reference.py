@@ -6,7 +6,7 @@ Slow and right: the oracle for every other engine. It knows token ids only.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,10 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from gad_fast.errors import EngineError
 from gad_fast.models.loading import Precision
-from gad_fast.records import Ids, Response
+from gad_fast.records import Ids
+from gad_fast.rollout.endings import Endings
 from gad_fast.rollout.engine import (
+    Capacity,
     EngineCaps,
     GenOutput,
     GenRequest,
@@ -25,6 +27,8 @@ from gad_fast.rollout.engine import (
     SyncReport,
     WeightSource,
 )
+from gad_fast.rollout.requests import in_a_line, shared_sampling
+from gad_fast.rollout.streams import stream_key
 
 
 class ReferenceEngine:
@@ -37,42 +41,26 @@ class ReferenceEngine:
     caps = EngineCaps(logprobs=False, in_place=True)
 
     def __init__(
-        self,
-        live_model: Callable[[], PreTrainedModel],
-        precision: Precision,
-        *,
-        end_id: int,
-        max_sequences: int,
+        self, model: PreTrainedModel, precision: Precision, *, endings: Endings, capacity: Capacity
     ) -> None:
-        """Samples from nothing yet.
-
-        Args:
-            live_model: gives the student's model, its adapter active if it has one.
-            precision: of its forward passes.
-            end_id: ends a response.
-            max_sequences: most rollouts at once.
-        """
-        self._live_model = live_model
-        self._precision = precision
-        self._end_id = end_id
-        self._max_sequences = max_sequences
+        self._model, self._precision = model, precision
+        self._endings, self._capacity = endings, capacity
         self._weight_version = 0
 
     def start(self) -> None:
         """Nothing to do: the weights are there."""
 
     def generate(self, requests: Sequence[GenRequest]) -> Iterator[GenOutput]:
-        """Rollouts of all requests, which must share their sampling settings."""
+        """Rollouts of all requests, a batch at a time."""
         if not requests:
             return
-        sampling = requests[0].sampling
-        assert all(request.sampling == sampling for request in requests)
-        rows = [request for request in requests for _ in range(request.n)]
-        rows.sort(key=lambda request: len(request.prompt_ids))  # little padding in each batch
-        with torch.random.fork_rng(_cuda_devices(self._precision.device)):
-            torch.manual_seed(requests[0].seed)
-            for start in range(0, len(rows), self._max_sequences):
-                yield from self._generate_batch(rows[start : start + self._max_sequences], sampling)
+        sampling = shared_sampling(self._model, requests)
+        rows = [(request, index) for request in requests for index in range(request.n)]
+        rows.sort(key=lambda row: len(row[0].prompt_ids))  # little padding in each batch
+        longest = len(rows[-1][0].prompt_ids) + sampling.max_tokens
+        size = self._capacity.rows(longest)
+        for start in range(0, len(rows), size):
+            yield from self._generate_batch(rows[start : start + size], sampling)
 
     def sync_weights(self, source: WeightSource, version: int) -> SyncReport:
         """Notes the version: the engine samples from the trainer's own weights."""
@@ -87,48 +75,61 @@ class ReferenceEngine:
         """Nothing to free."""
 
     def _generate_batch(
-        self, rows: Sequence[GenRequest], sampling: Sampling
+        self, rows: Sequence[tuple[GenRequest, int]], sampling: Sampling
     ) -> Iterator[GenOutput]:
-        ids, mask = self._pad_left([row.prompt_ids for row in rows])
-        model: Any = self._live_model()
+        ids, mask = self._pad_left([request.prompt_ids for request, _ in rows])
+        model: Any = self._model
+        request, index = rows[0]
         try:
-            with torch.no_grad(), self._precision.autocast(), _without_defaults(model):
+            with (
+                torch.random.fork_rng(_cuda_devices(self._precision.device)),
+                torch.no_grad(),
+                self._precision.autocast(),
+                without_defaults(model),
+            ):
+                torch.manual_seed(stream_key(request.seed, request.group_id, index))
                 sequences: Tensor = model.generate(
                     input_ids=ids,
                     attention_mask=mask,
-                    past_key_values=_cache(model),
-                    generation_config=self._generation_config(sampling),
+                    past_key_values=_cache(self._model),
+                    generation_config=generation_config(sampling, self._endings.end_id),
                 )
         except RuntimeError as error:
-            raise EngineError(f"generate failed on {len(rows)} rollouts: {error}") from error
+            raise EngineError(
+                f"generate failed on {len(rows)} rollouts: {in_a_line(error)}"
+            ) from error
         new_ids = sequences[:, ids.shape[1] :].cpu().numpy().astype(np.int32)
-        for row, sampled in zip(rows, new_ids, strict=True):
-            response = Response.cut(sampled, end_id=self._end_id, max_tokens=sampling.max_tokens)
-            yield GenOutput(row.group_id, response, None, self._weight_version)
+        for (request, index), sampled in zip(rows, new_ids, strict=True):
+            response, reason = self._endings.cut(sampled, sampling)
+            yield GenOutput(request.group_id, index, response, None, reason, self._weight_version)
 
     def _pad_left(self, prompts: Sequence[Ids]) -> tuple[Tensor, Tensor]:
         width = max(len(prompt) for prompt in prompts)
-        ids = np.full((len(prompts), width), self._end_id, dtype=np.int64)
+        ids = np.full((len(prompts), width), self._endings.end_id, dtype=np.int64)
         mask = np.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
         device = self._precision.device
         return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
-    def _generation_config(self, sampling: Sampling) -> GenerationConfig:
-        is_greedy = sampling.temperature == 0
-        return GenerationConfig(
-            do_sample=not is_greedy,
-            temperature=None if is_greedy else sampling.temperature,
-            top_k=0,  # None would mean 50
-            max_new_tokens=sampling.max_tokens,
-            eos_token_id=self._end_id,
-            pad_token_id=self._end_id,
+
+def generation_config(sampling: Sampling, end_id: int) -> GenerationConfig:
+    """Sampling settings as transformers takes them."""
+    if sampling.temperature == 0:
+        config = GenerationConfig(do_sample=False)
+    else:
+        config = GenerationConfig(
+            do_sample=True,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,  # None would mean 50
+            top_p=sampling.top_p,
         )
+    config.update(max_new_tokens=sampling.max_tokens, eos_token_id=end_id, pad_token_id=end_id)
+    return config
 
 
 @contextlib.contextmanager
-def _without_defaults(model: Any) -> Generator[None]:
+def without_defaults(model: Any) -> Generator[None]:
     """Hides the model's own generation settings.
 
     `generate` fills what a caller leaves open from the model's generation_config.json, where

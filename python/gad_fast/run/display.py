@@ -55,10 +55,15 @@ class Display:
         """Prints a line."""
         self.console.print(text, markup=False, soft_wrap=True)
 
-    def begin_stage(self, name: str, num_steps: int) -> None:
-        """Restarts the progress bar for a stage."""
-        self._progress.reset(self._task, description=name, total=num_steps)
-        self._name, self._num_steps, self._seconds = name, num_steps, 0.0
+    def begin_stage(self, name: str, num_steps: int, num_done: int = 0) -> None:
+        """Restarts the progress bar for a stage of which `num_done` steps are done."""
+        self._progress.reset(self._task, description=name, total=num_steps, completed=num_done)
+        self._name, self._num_steps, self._num_before, self._seconds = (
+            name,
+            num_steps,
+            num_done,
+            0.0,
+        )
 
     def finish_step(self, step: int, metrics: Mapping[str, float], log_every: int) -> None:
         """Moves the bar by a step, and prints the step's line if it is the turn of one.
@@ -71,7 +76,7 @@ class Display:
         self._progress.advance(self._task)
         self._seconds += metrics["step_seconds"]
         if step % log_every == 0 or step == self._num_steps:
-            left = self._seconds / step * (self._num_steps - step)
+            left = self._seconds / (step - self._num_before) * (self._num_steps - step)
             head = f"{self._name} {step:>{len(str(self._num_steps))}}/{self._num_steps}"
             self.say(f"{head}  {_line(metrics)}  left {_clock(left)}")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gad_fast.errors import CacheError
+from gad_fast.teacher import exchange
 from gad_fast.teacher.cache import CacheInfo, TeacherCache, Verification
 
 
@@ -62,6 +63,16 @@ def export(path: Path, output: Path) -> Exported:
         CacheError: there is no cache that can be read, or the file cannot be written.
     """
     return Exported(output, TeacherCache.open(path, read_only=True).export(output))
+
+
+def export_messages(path: Path, output: Path) -> Exported:
+    """Writes the unflagged responses of the cache at `path` as chats, for other trainers.
+
+    Raises:
+        CacheError: there is no cache that can be read, or the file cannot be written.
+    """
+    with TeacherCache.open(path, read_only=True) as cache:
+        return Exported(output, exchange.export_messages(cache, output))
 
 
 def import_(path: Path, source: Path) -> Imported:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -24,10 +24,26 @@ def export_rows(rows: Iterable[CachedResponse], output: Path) -> int:
     Raises:
         CacheError: the name ends in neither `.jsonl` nor `.parquet`, or the file cannot be written.
     """
-    write = _choose(output, {".jsonl": _write_jsonl, ".parquet": _write_parquet})
+    return _write_whole((_to_row(cached) for cached in rows), output, _write_parquet)
+
+
+def export_messages(rows: Iterable[CachedResponse], output: Path) -> int:
+    """Writes chats that end with the response, as TRL and LLaMA-Factory read them.
+
+    Flagged responses are not among them. Gives the number of rows; raises as `export_rows`.
+    """
+    chats = (_to_messages(cached) for cached in rows if not cached.response.flags)
+    return _write_whole(chats, output, _write_messages_parquet)
+
+
+def _write_whole(
+    rows: Iterator[Row], output: Path, write_parquet: Callable[[Iterator[Row], Path], int]
+) -> int:
+    """Writes a file that appears when it is whole."""
+    write = _choose(output, {".jsonl": _write_jsonl, ".parquet": write_parquet})
     partial = output.with_name(output.name + ".partial")
     try:
-        num_rows = write((_to_row(cached) for cached in rows), partial)
+        num_rows = write(rows, partial)
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.replace(output)
@@ -80,11 +96,18 @@ def _to_row(cached: CachedResponse) -> Row:
     }
 
 
+def _to_messages(cached: CachedResponse) -> Row:
+    response = {"role": "assistant", "content": cached.response.text}
+    return {"messages": [*cached.request.messages, response]}
+
+
 def _from_row(row: Row, name: str) -> tuple[TeacherRequest, TeacherResponse]:
     for column, kind in (("teacher", str), ("messages", list), ("teacher_response", str)):
         if not isinstance(row.get(column), kind):
+            way_out = " (name it: --teacher NAME)" if column == "teacher" else ""
             raise CacheError(
-                f"{name} has no {column}: it must be a {kind.__name__}, got {row.get(column)!r:.80}"
+                f"{name} has no {column}: it must be a {kind.__name__}, "
+                f"got {row.get(column)!r:.80}{way_out}"
             )
     request = TeacherRequest(
         row["teacher"],
@@ -146,11 +169,10 @@ def _schema() -> Any:
     """Chats as columns where they fit; what columns cannot hold goes as JSON."""
     import pyarrow
 
-    turn = pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.string()})
     return pyarrow.schema(
         {
             "teacher": pyarrow.string(),
-            "messages": pyarrow.list_(turn),
+            "messages": _chat_type(),
             "messages_json": pyarrow.string(),
             "sampling_json": pyarrow.string(),
             "sample_index": pyarrow.int64(),
@@ -165,15 +187,30 @@ def _schema() -> Any:
     )
 
 
+def _chat_type() -> Any:
+    import pyarrow
+
+    return pyarrow.list_(pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.string()}))
+
+
 def _write_parquet(rows: Iterator[Row], path: Path) -> int:
+    return _write_columns((_to_columns(row) for row in rows), path, _schema())
+
+
+def _write_messages_parquet(rows: Iterator[Row], path: Path) -> int:
+    import pyarrow
+
+    return _write_columns(rows, path, pyarrow.schema({"messages": _chat_type()}))
+
+
+def _write_columns(rows: Iterator[Row], path: Path, schema: Any) -> int:
     import pyarrow
     import pyarrow.parquet
 
-    schema, num_rows = _schema(), 0
+    num_rows = 0
     with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
         while group := list(itertools.islice(rows, _PARQUET_GROUP_ROWS)):
-            table = pyarrow.Table.from_pylist([_to_columns(row) for row in group], schema=schema)
-            writer.write_table(table)
+            writer.write_table(pyarrow.Table.from_pylist(group, schema=schema))
             num_rows += len(group)
     return num_rows
 

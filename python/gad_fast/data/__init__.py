@@ -1,0 +1,1 @@
+"""Prompts and the teacher's responses: read in any usual shape, split, encoded, served."""
