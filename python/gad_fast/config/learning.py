@@ -44,8 +44,9 @@ class BatchSettings(Settings):
 
     prompts_per_step: int = Field(default=256, ge=1)
     """Prompts a step; a step samples `prompts_per_step * group_size` rollouts."""
-    tokens_per_micro_batch: int = Field(default=12288, ge=1)
-    """Upper bound of padded tokens a forward pass sees. It changes memory, never the loss."""
+    tokens_per_micro_batch: int = Field(default=16384, ge=1)
+    """Upper bound of padded tokens a forward pass sees. It changes memory, never the loss. A prompt
+    with all its rollouts and the teacher's response must fit."""
 
 
 class StageSettings(Settings):
