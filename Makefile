@@ -17,8 +17,13 @@ demo: $(VENV)/built $(STUDENT) ## environment, build, student, quickstart run (m
 
 test: test-rust test-python ## environment, build, all Rust and Python tests
 
+# nextest gives each test a process and runs them side by side; cargo's own runner needs no install.
 test-rust:
-	cargo test --quiet --workspace --exclude gad-fast-python
+	@if cargo nextest --version >/dev/null 2>&1; then \
+	  cargo nextest run --workspace --exclude gad-fast-python --status-level fail; \
+	else \
+	  cargo test --quiet --workspace --exclude gad-fast-python; \
+	fi
 
 test-python: $(VENV)/built
 	$(BIN)/pytest
@@ -74,5 +79,5 @@ $(VENV)/bin/python:
 
 # Editable: Python changes need no new build, a Rust change makes one.
 $(VENV)/built: pyproject.toml constraints.txt $(RUST) | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,examples,quickstart]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,examples,quickstart,bench]'
 	touch $@

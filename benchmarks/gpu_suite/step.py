@@ -75,7 +75,7 @@ class _Players:
         self.discriminator_optimizer = _optimizer("discriminator", self.discriminator)
         num_sequences = size.prompts * size.group_size
         self.engine = ReferenceEngine(
-            model, precision, end_id=codec.end_id, max_sequences=num_sequences
+            self.student.live_model, precision, end_id=codec.end_id, max_sequences=num_sequences
         )
 
 

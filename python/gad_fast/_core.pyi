@@ -98,6 +98,27 @@ class Tokenizer:
             KeyboardInterrupt: ctrl-c during a long batch; the text at hand is finished first.
         """
 
+    def encode_responses(
+        self, texts: Sequence[str], *, end_id: int, max_tokens: int
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.bool_]]:
+        """`encode_batch`, each text closed with the end token and cut as a student's rollout is.
+
+        Args:
+            texts: the responses.
+            end_id: what closes them; a text that holds it is cut after the first.
+            max_tokens: the limit, end token included.
+
+        Returns:
+            ids: shape [number of ids].
+            offsets: shape [number of texts + 1], from 0 to the number of ids.
+            is_finished: shape [number of texts]; false for those cut at the limit.
+
+        Raises:
+            TokenizerError: as `encode_batch`.
+            OverflowError: `max_tokens` is negative.
+            KeyboardInterrupt: ctrl-c during a long batch; the text at hand is finished first.
+        """
+
     def encode_utf8(
         self, data: NDArray[np.uint8], offsets: NDArray[np.int64]
     ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:

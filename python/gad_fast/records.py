@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypedDict
 
 import numpy as np
@@ -39,7 +40,8 @@ class TokenBatch:
         return self.ids[self.offsets[index] : self.offsets[index + 1]]
 
     def __iter__(self) -> Iterator[Ids]:
-        return (self[index] for index in range(len(self)))
+        # As Python's own integers, which slice several times faster than numpy's.
+        return (self.ids[start:end] for start, end in pairwise(self.offsets.tolist()))
 
     @staticmethod
     def of(texts: list[Ids]) -> TokenBatch:

@@ -122,12 +122,21 @@ class TextCodec:
         )
 
     def encode_responses(self, texts: Sequence[str], *, max_tokens: int) -> list[Response]:
-        """Responses as a student that wrote the same texts would have left them."""
-        end = np.array([self.end_id], dtype=np.int32)
-        return [
-            Response.cut(np.append(ids, end), end_id=self.end_id, max_tokens=max_tokens)
-            for ids in self.encode_batch(texts)
-        ]
+        """Responses as a student that wrote the same texts would have left them.
+
+        They are parts of one array: each keeps all of it in memory.
+
+        Raises:
+            DataError: as `encode_batch`.
+        """
+        try:
+            ids, offsets, is_finished = self._core.encode_responses(
+                texts, end_id=self.end_id, max_tokens=max_tokens
+            )
+        except _core.TokenizerError as error:
+            raise DataError(f"cannot tokenize: {error}") from error
+        batch = TokenBatch(ids, offsets)
+        return [Response(*row) for row in zip(batch, is_finished.tolist(), strict=True)]
 
     def decode_batch(self, batch: TokenBatch | Sequence[Ids]) -> list[str]:
         """Texts of token ids, without special tokens."""

@@ -126,19 +126,24 @@ def set_up(recipe: Recipe, inputs: Inputs, display: Display, start: Start) -> Ga
     student = load_student(recipe, precision)
     _say_layout(display, "student", student)
     engine = ReferenceEngine(
-        student.model, precision, end_id=codec.end_id, max_sequences=recipe.rollout.max_sequences
+        student.live_model,
+        precision,
+        end_id=codec.end_id,
+        max_sequences=recipe.rollout.max_sequences,
     )
     engine.start()
     opponent = None
     if recipe.method == "gad":
-        opponent = _opponent(recipe, inputs, engine)
+        opponent = _opponent(recipe, inputs, student, engine)
         _say_layout(display, "discriminator", opponent.discriminator)
     logs = {} if start.checkpoint is None else read_state(start.checkpoint)["logs"]
     return Game(
         recipe=recipe,
         codec=codec,
         student=student,
-        student_optimizer=PlayerOptimizer("student", student.parameters(), recipe.optimizer),
+        student_optimizer=PlayerOptimizer(
+            "student", student.trainable_parameters(), recipe.optimizer
+        ),
         opponent=opponent,
         engine=engine,
         batches=iter(inputs.batches),
@@ -267,11 +272,13 @@ def _show_validations(validations: dict[str, Validation], game: Game) -> None:
     game.recorder.display.say(f"models, metrics and samples are in {game.recipe.output}")
 
 
-def _opponent(recipe: Recipe, inputs: Inputs, engine: RolloutEngine) -> Opponent:
+def _opponent(recipe: Recipe, inputs: Inputs, student: Student, engine: RolloutEngine) -> Opponent:
     """The discriminator, once it is shown to see nothing but content."""
-    discriminator = load_discriminator(recipe, inputs.codec, inputs.precision)
+    discriminator = load_discriminator(recipe, student, inputs.codec, inputs.precision)
     _check_symmetry(recipe, inputs, engine, discriminator)
-    optimizer = PlayerOptimizer("discriminator", discriminator.parameters(), recipe.optimizer)
+    optimizer = PlayerOptimizer(
+        "discriminator", discriminator.trainable_parameters(), recipe.optimizer
+    )
     return Opponent(discriminator, optimizer)
 
 

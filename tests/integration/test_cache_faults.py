@@ -83,18 +83,38 @@ print(num_passes)
 """
 )
 
-# Puts until the disk is full, then says why and what was acknowledged.
+# Puts until the disk is full, from one caller or 64 tasks, then says why and what was acknowledged.
 FILLER = (
     ROWS
     + """
+import asyncio
 from gad_fast.errors import CacheError
 
 cache = TeacherCache.open(sys.argv[1])
-acknowledged = []
-try:
+acknowledged, refused = [], []
+
+def put_all():
     for index in range(20_000):
         cache.put(request(index), response(index))
         acknowledged.append(index)
+
+async def aput_from(first):
+    for index in range(first, 20_000, 64):
+        try:
+            await cache.aput(request(index), response(index))
+        except CacheError as error:
+            refused.append(error)
+            return
+        acknowledged.append(index)
+
+async def aput_all():
+    await asyncio.gather(*(aput_from(caller) for caller in range(64)))
+    # Every task was told: a put that nobody answers would wait for ever.
+    assert len(refused) == 64, len(refused)
+    raise refused[0]
+
+try:
+    put_all() if sys.argv[2] == "one" else asyncio.run(aput_all())
 except CacheError as error:
     print(error)
 for index in acknowledged:
@@ -187,9 +207,10 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, resource.RLIM_INFINITY))
 """
 
 
-def test_a_file_that_may_grow_no_more_loses_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("callers", ["one", "tasks"])
+def test_a_file_that_may_grow_no_more_loses_nothing(tmp_path: Path, callers: str) -> None:
     path = tmp_path / "teacher.cache"
-    message, count = run(LIMIT + FILLER, path)
+    message, count = run(LIMIT + FILLER, path, callers)
     assert f"cannot write to the cache {path}" in message
     assert "bytes are free there" in message
     assert int(count) > 50
@@ -200,7 +221,8 @@ def test_a_file_that_may_grow_no_more_loses_nothing(tmp_path: Path) -> None:
         assert cache.verify().problems == []
 
 
-def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("callers", ["one", "tasks"])
+def test_a_full_disk_loses_nothing(tmp_path: Path, callers: str) -> None:
     if shutil.which("unshare") is None:
         pytest.skip("needs unshare of util-linux")
     # A file system of four megabytes, which only the process below sees.
@@ -210,7 +232,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     if probe.returncode != 0:
         pytest.skip(f"no file system can be mounted here: {probe.stderr.decode().strip()}")
     path = tmp_path / "teacher.cache"
-    message, count = run(FILLER, path, prefix=prefix)
+    message, count = run(FILLER, path, callers, prefix=prefix)
     assert f"cannot write to the cache {path}" in message
     assert "full" in message
     assert "bytes are free there" in message

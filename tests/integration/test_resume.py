@@ -81,14 +81,15 @@ def test_killed_at_random_moments_a_run_ends_as_an_unbroken_one(tmp_path: Path) 
     crash.assert_same(crash.outcome(tmp_path / "unbroken"), crash.outcome(tmp_path / "broken"))
 
 
-@pytest.mark.parametrize("method", ["gad", "seqkd"])
+@pytest.mark.parametrize(("method", "rank"), [("gad", 0), ("gad", 2), ("seqkd", 0)])
 def test_cut_off_in_any_step_a_run_ends_as_an_unbroken_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, rank: int
 ) -> None:
     rates = {"peak": 1e-3, "schedule": "linear", "final_fraction": 0.1}
     stage = {"student": rates, "discriminator": rates}
     validating = {**OFTEN, "validate_every": 2}
     sections: dict[str, Any] = {"method": method, "warmup": stage, "game": stage, "run": validating}
+    sections["lora"] = {"rank": rank}
     unbroken = outcome_of_unbroken(tmp_path, **sections)
     num_steps = 6 if method == "gad" else 3
     for step in range(1, num_steps + 1):

@@ -24,6 +24,7 @@ from gad_fast.game.symmetry import check_symmetry
 from gad_fast.models.batch import Item, pad
 from gad_fast.models.discriminator import Discriminator, load_discriminator
 from gad_fast.models.loading import Precision
+from gad_fast.models.student import load_student
 from gad_fast.records import EncodedExample, Example, Group, Message, Response
 from gad_fast.rollout.engine import Sampling
 from gad_fast.rollout.groups import sample_groups
@@ -40,7 +41,9 @@ class Table:
         self.recipe: Recipe = tiny.recipe(folder, discriminator={"dtype": "float64"})
         self.codec = TextCodec.from_pretrained(folder / "student")
         torch.manual_seed(7)
-        self.discriminator: Discriminator = load_discriminator(self.recipe, self.codec, CPU)
+        self.discriminator: Discriminator = load_discriminator(
+            self.recipe, load_student(self.recipe, CPU), self.codec, CPU
+        )
 
     def example(self, prompt: str, response: str) -> EncodedExample:
         messages = [Message(role="user", content=prompt)]
@@ -154,7 +157,7 @@ def test_g_the_step_after_them_trains_the_student(tmp_path: Path) -> None:
 
 def engine_groups(table: Table, end_id: int) -> list[Group]:
     model = AutoModelForCausalLM.from_pretrained(table.recipe.student.model).eval()
-    engine = ReferenceEngine(model, CPU, end_id=end_id, max_sequences=8)
+    engine = ReferenceEngine(lambda: model, CPU, end_id=end_id, max_sequences=8)
     prompts = [table.example("red sun", "one"), table.example("sea", "one two three red blue sky")]
     sampling = Sampling(temperature=1.0, max_tokens=6)
     return sample_groups(engine, prompts, group_size=8, sampling=sampling, seed=0, weight_version=0)
@@ -206,7 +209,7 @@ def test_the_saved_discriminator_scores_alike_in_plain_transformers(tmp_path: Pa
     items = [Item(*row) for row in zip(prompts, [[r] for r in responses], strict=True)]
     batch = pad(items, pad_id=model.config.pad_token_id, device=CPU.device)
     recipe = tiny.recipe(tmp_path, discriminator={"model": str(folder)}, output=tmp_path / "x")
-    ours = load_discriminator(recipe, codec, CPU)
+    ours = load_discriminator(recipe, load_student(recipe, CPU), codec, CPU)
     with torch.no_grad():
         expected = ours.score(batch)
         for row, response in enumerate(responses):

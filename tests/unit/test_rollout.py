@@ -39,7 +39,7 @@ def requests(
 
 
 def generate(model: Any, wanted: list[GenRequest], max_sequences: int = 64) -> list[GenOutput]:
-    engine = ReferenceEngine(model, CPU, end_id=END, max_sequences=max_sequences)
+    engine = ReferenceEngine(lambda: model, CPU, end_id=END, max_sequences=max_sequences)
     return list(engine.generate(wanted))
 
 
@@ -118,7 +118,7 @@ def test_rollouts_end_with_the_end_token_or_at_the_limit() -> None:
 
 def test_outputs_carry_the_version_of_the_weights() -> None:
     model = llama()
-    engine = ReferenceEngine(model, CPU, end_id=END, max_sequences=8)
+    engine = ReferenceEngine(lambda: model, CPU, end_id=END, max_sequences=8)
     assert {output.weight_version for output in engine.generate(requests(1, 1.0))} == {0}
     weights = ModuleWeights(model)
     report = engine.sync_weights(weights, version=3)

@@ -197,7 +197,7 @@ def newer_cache(path: Path) -> None:
     [
         (lambda path: path.write_bytes(b"remember the milk" * 1000), "is no teacher cache"),
         (other_database, "another program's"),
-        (newer_cache, r"format 3, .* up to 1 \(upgrade"),
+        (newer_cache, r"format 3, .* up to 2 \(upgrade"),
         (lambda path: path.mkdir(), "no file"),
         (lambda path: os.mkfifo(path), "no file"),
     ],
@@ -256,6 +256,36 @@ def test_deep_nesting_is_refused(path: Path) -> None:
         deep = [deep]
     with TeacherCache.open(path) as cache, pytest.raises(CacheError):
         cache.put(request(0, sampling={"x": deep}), response(0))
+
+
+@pytest.mark.parametrize("depth", [1, 61, 62, 63, 64, 65, 100])
+def test_a_nested_value_has_one_key_whichever_encoder_reads_it(depth: int) -> None:
+    class Mapping(dict):  # no exact built-in type: Python's encoder reads it
+        pass
+
+    value: Any = {"b": [1, 2.5, None, True, "é\n"], "a": -(2**63)}
+    for level in range(depth):
+        value = {"x": value} if level % 2 else [value]
+    ours, pythons = request(0, sampling={"x": value}), request(0, sampling=Mapping(x=value))
+    assert ours.key == pythons.key
+
+
+def test_a_chat_of_many_turns_comes_back(path: Path) -> None:
+    turns = [{"role": "user", "content": f"turn {i}", "score": i / 7} for i in range(50_000)]
+    with TeacherCache.open(path) as cache:
+        assert cache.put(request(0, messages=turns), response(0))
+        assert asyncio.run(cache.aput(request(0, messages=turns), response(1))) is False
+        (row,) = cache
+    assert row.request.messages == turns
+    assert row.response == response(0)
+
+
+def test_a_chat_longer_than_a_row_may_be_is_refused(path: Path) -> None:
+    turns = [{"role": "user", "content": "x" * 2**16}] * 2**10
+    with TeacherCache.open(path) as cache:
+        with pytest.raises(CacheError, match="messages cannot be stored: it has 67"):
+            cache.put(request(0, messages=turns), response(0))
+        assert len(cache) == 0
 
 
 def test_texts_of_all_kinds_come_back(path: Path) -> None:
@@ -400,7 +430,7 @@ def test_info_tells_the_sizes(path: Path) -> None:
         fill(cache, 10)
         cache.put(request(0, teacher="other"), response(0))
     info = cache_command.info(path)
-    assert (info.path, info.format_version) == (path, 1)
+    assert (info.path, info.format_version) == (path, 2)
     assert (info.num_responses, info.num_prompts) == (11, 10)
     assert info.teachers == ["gpt-5-chat", "other"]
     assert not info.has_dictionary

@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import tiny
 from gad_fast import TextCodec
 from gad_fast.errors import DataError, ModelError
-from gad_fast.records import Message
+from gad_fast.records import Message, Response
 
 CHAT: list[Any] = [
     Message(role="user", content="red sun"),
@@ -53,6 +54,25 @@ def test_a_response_is_decoded_without_its_end_token() -> None:
     responses = codec().encode_responses(["one two", "red blue green one two three"], max_tokens=4)
     assert [response.is_finished for response in responses] == [True, False]
     assert codec().decode_responses(responses) == ["one two", "red blue green one"]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 3, 4, 9])
+def test_a_teachers_response_is_cut_as_a_rollout_is(max_tokens: int) -> None:
+    texts = ["", "one", "one two three", "one <end> two <end>", "<end>", "red blue green one two"]
+    end = np.array([codec().end_id], dtype=np.int32)
+    for text, response in zip(
+        texts, codec().encode_responses(texts, max_tokens=max_tokens), strict=True
+    ):
+        (ids,) = codec().encode_batch([text])
+        expected = Response.cut(np.append(ids, end), end_id=codec().end_id, max_tokens=max_tokens)
+        np.testing.assert_array_equal(response.ids, expected.ids)
+        assert response.ids.dtype == np.int32
+        assert response.is_finished is expected.is_finished
+
+
+def test_a_response_without_a_token_is_the_users_to_mend() -> None:
+    with pytest.raises(DataError, match="cannot tokenize"):
+        codec().encode_responses(["one \ud800"], max_tokens=3)
 
 
 @pytest.mark.parametrize(

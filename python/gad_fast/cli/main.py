@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
+from gad_fast.cli.bench import bench
 from gad_fast.cli.cache import cache
 from gad_fast.cli.train import train
 from gad_fast.errors import ConfigError, GadFastError
@@ -21,11 +22,12 @@ commands:
   cache verify CACHE                                check every row of it
   cache export CACHE OUTPUT                         write it to a .jsonl or .parquet file
   cache import CACHE SOURCE                         bring such a file into it
+  bench BENCHMARK [--quick] [--output FILE.json]    time a part against its peers
 
 `gad-fast train --help` lists what a recipe may say.
 """
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "cache": cache}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "cache": cache, "bench": bench}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

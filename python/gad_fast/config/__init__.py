@@ -14,6 +14,7 @@ from gad_fast.config.learning import (
     StageSettings,
     WarmupSettings,
 )
+from gad_fast.config.lora import LoraSettings
 from gad_fast.config.players import DiscriminatorSettings, StudentSettings
 from gad_fast.config.recipe import Recipe
 from gad_fast.config.rollout import RolloutSettings
@@ -27,6 +28,7 @@ __all__ = [
     "HardwareSettings",
     "HealthSettings",
     "LearningRateSettings",
+    "LoraSettings",
     "OptimizerSettings",
     "Recipe",
     "RolloutSettings",

@@ -16,6 +16,7 @@ from gad_fast.config.learning import (
     OptimizerSettings,
     WarmupSettings,
 )
+from gad_fast.config.lora import LoraSettings
 from gad_fast.config.players import DiscriminatorSettings, StudentSettings
 from gad_fast.config.rollout import RolloutSettings
 from gad_fast.config.run import HardwareSettings, RunSettings
@@ -39,6 +40,7 @@ class Recipe(Document):
     warmup: WarmupSettings
     game: GameSettings
     discriminator: DiscriminatorSettings = DiscriminatorSettings()
+    lora: LoraSettings = LoraSettings()
     rollout: RolloutSettings = RolloutSettings()
     batch: BatchSettings = BatchSettings()
     optimizer: OptimizerSettings = OptimizerSettings()

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from torch import nn
 
 from gad_fast.errors import CheckpointError
 from gad_fast.models.student import Student
@@ -82,10 +81,10 @@ def frozen_reference(game: Game, *, is_new: bool) -> Student:
 
 def checkpoint_bytes(game: Game) -> int:
     """About what a checkpoint of the game takes on the disk, in bytes."""
-    players: list[nn.Module] = [game.student]
+    parameters = list(game.student.trainable_parameters())
     if game.opponent is not None:
-        players.append(game.opponent.discriminator)
-    return sum(_player_bytes(player) for player in players)
+        parameters += game.opponent.discriminator.trainable_parameters()
+    return sum(p.nbytes * (1 + (_MOMENTS if p.requires_grad else 0)) for p in parameters)
 
 
 def _restore_tensors(game: Game, folder: Path) -> None:
@@ -110,10 +109,6 @@ def _restore_values(game: Game, state: dict[str, Any]) -> None:
     game.accuracies = [(step, accuracy) for step, accuracy in state["accuracies"]]
     game.health.restore(state["health"])
     game.apply_pauses()
-
-
-def _player_bytes(player: nn.Module) -> int:
-    return sum(p.nbytes * (1 + (_MOMENTS if p.requires_grad else 0)) for p in player.parameters())
 
 
 def _state(game: Game) -> dict[str, Any]:

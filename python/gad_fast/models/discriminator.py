@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -15,18 +15,28 @@ from gad_fast import kernels
 from gad_fast.config import Recipe
 from gad_fast.errors import ConfigError, ModelError
 from gad_fast.models.batch import Batch, Item
-from gad_fast.models.loading import Precision, load_config, load_scorer, require_context
+from gad_fast.models.loading import (
+    Precision,
+    load_config,
+    load_scorer,
+    require_context,
+    scorer_on,
+)
+from gad_fast.models.lora import Adapter, AdapterSet
 from gad_fast.models.micro_batches import lay_out, plan
 from gad_fast.models.saving import copy_for_saving, load_weights
 from gad_fast.models.shared_prompts import can_share_prompts
+from gad_fast.models.student import Student
 from gad_fast.records import Group, Response
 from gad_fast.text import TextCodec
 
 
 def load_discriminator(
-    recipe: Recipe, student_codec: TextCodec, precision: Precision
+    recipe: Recipe, student: Student, student_codec: TextCodec, precision: Precision
 ) -> Discriminator:
     """The discriminator that a recipe names, with a tokenizer of its own if it has another one.
+
+    With adapters, and the student's backbone, it reads through the student's own weights.
 
     Raises:
         ModelError: it cannot be loaded, or has no linear head of one output.
@@ -37,8 +47,9 @@ def load_discriminator(
     source = settings.model if is_own else recipe.student.model
     require_context(load_config(source), recipe.data, source)
     own_codec = TextCodec.from_pretrained(source) if is_own and _has_tokenizer(source) else None
-    model: Any = load_scorer(source, dtype=settings.dtype, device=precision.device)
-    num_readable = model.get_input_embeddings().weight.shape[0]
+    model, adapter = _scorer(recipe, student, precision)
+    embeddings: Any = model.get_input_embeddings()
+    num_readable = embeddings.weight.shape[0]
     if own_codec is None and num_readable < student_codec.num_tokens:
         raise ConfigError(
             f"discriminator.model {source} has no tokenizer and {num_readable} embeddings, but the "
@@ -47,7 +58,7 @@ def load_discriminator(
     reader = Reader(student_codec, own_codec)
     # Another tokenizer may need more tokens for the same text: then nothing is known of the most.
     max_tokens = recipe.data.max_tokens if reader.codec is student_codec else None
-    return Discriminator(model, precision, reader, max_tokens=max_tokens)
+    return Discriminator(model, precision, reader, max_tokens=max_tokens, adapter=adapter)
 
 
 class GroupScores(NamedTuple):
@@ -105,9 +116,11 @@ class Discriminator(nn.Module):
         reader: Reader,
         *,
         max_tokens: int | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self.adapter = adapter
         self.shares_prompts = can_share_prompts(model, max_tokens=max_tokens)
         self.precision = precision
         self.reader = reader
@@ -115,8 +128,16 @@ class Discriminator(nn.Module):
         if self.head.weight.dtype == torch.bfloat16:
             self.head.float()
 
+    def trainable_parameters(self) -> Iterable[nn.Parameter]:
+        """What an update changes: all weights, or the adapter's and the head's."""
+        if self.adapter is None:
+            return self.model.parameters()
+        return [*self.adapter.parameters(), *self.head.parameters()]
+
     def score(self, batch: Batch) -> Tensor:
         """Scores of N sequences at the last token of each response, Float [N]."""
+        if self.adapter is not None:
+            self.adapter.activate()
         with self.precision.autocast():
             hidden: Tensor = self.model.base_model(
                 **batch.model_inputs, use_cache=False
@@ -153,28 +174,58 @@ class Discriminator(nn.Module):
     def save(self, folder: Path) -> None:
         """Writes a folder that `AutoModelForSequenceClassification` loads, with its tokenizer.
 
+        An adapter is merged into the weights, and stands beside them, with the head, in `adapter/`.
         transformers pools before the padding, so the saved pad token must not be the end token.
         """
         codec = self.reader.codec
         cast(Any, self.model.config).pad_token_id = codec.pad_id
-        self.model.save_pretrained(folder)
+        if self.adapter is None:
+            self.model.save_pretrained(folder)
+        else:
+            self.model.save_pretrained(folder, state_dict=self.adapter.merged_state(self.model))
+            self.adapter.copy_for_saving(self.model, self.head)(folder / "adapter")
         codec.tokenizer.save_pretrained(folder)
 
     def copy_for_saving(self) -> Callable[[Path], None]:
-        """Copies the weights now; the result writes what `save` would have, later."""
+        """Copies what is learned now; the result writes it later: a whole model, or the adapter."""
         codec = self.reader.codec
         cast(Any, self.model.config).pad_token_id = codec.pad_id
-        write_model = copy_for_saving(self.model)
+        write_weights = (
+            copy_for_saving(self.model)
+            if self.adapter is None
+            else self.adapter.copy_for_saving(self.model, self.head)
+        )
 
         def write(folder: Path) -> None:
-            write_model(folder)
+            write_weights(folder)
             codec.tokenizer.save_pretrained(folder)
 
         return write
 
     def load_weights(self, folder: Path) -> None:
-        """Takes over the weights of a folder that was saved, head included, bit for bit."""
-        load_weights(self.model, folder)
+        """Takes over what a folder of `copy_for_saving` holds, head included, bit for bit."""
+        if self.adapter is None:
+            load_weights(self.model, folder)
+        else:
+            self.adapter.load(folder, self.model, self.head)
+
+
+def _scorer(
+    recipe: Recipe, student: Student, precision: Precision
+) -> tuple[PreTrainedModel, Adapter | None]:
+    """The model that scores, and its adapter if it has one."""
+    settings = recipe.discriminator
+    is_own = settings.model != "student"
+    if student.adapter is not None and not is_own:
+        model = scorer_on(student.model, recipe.student.model)
+        return model, student.adapter.adapters.add("discriminator")
+    source = settings.model if is_own else recipe.student.model
+    model = load_scorer(source, dtype=settings.dtype, device=precision.device)
+    if recipe.lora.rank == 0:
+        return model, None
+    adapter = AdapterSet(model, recipe.lora, source).add("discriminator")
+    _head(model).requires_grad_(True)
+    return model, adapter
 
 
 def _has_tokenizer(source: str) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -75,6 +76,44 @@ def load_scorer(source: str, *, dtype: str, device: torch.device) -> PreTrainedM
         ),
     )
     return _ready(model, device)
+
+
+def scorer_on(model: PreTrainedModel, source: str) -> PreTrainedModel:
+    """A model with a fresh head of one label, float32 at least, on the backbone of another one.
+
+    Args:
+        model: whose backbone it shares.
+        source: where that model came from.
+
+    Raises:
+        ModelError: the architecture has no sequence classifier on the same backbone.
+    """
+    config = load_config(source)
+    config.num_labels = 1
+    with torch.device("meta"):
+        scorer: Any = _attempt(
+            source, lambda: AutoModelForSequenceClassification.from_config(config)
+        )
+    own = scorer.base_model
+    if type(own) is not type(model.base_model) or not isinstance(scorer.score, nn.Linear):
+        raise ModelError(
+            f"{type(scorer).__name__} cannot share the backbone of {type(model).__name__} (name "
+            f"another discriminator.model, or train all weights with lora.rank = 0)"
+        )
+    setattr(scorer, scorer.base_model_prefix, model.base_model)
+    scorer.score = _fresh_head(scorer, model)
+    return scorer.eval()
+
+
+def _fresh_head(scorer: Any, model: Any) -> nn.Linear:
+    weight: Tensor = model.get_input_embeddings().weight
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    has_bias = scorer.score.bias is not None
+    head = nn.Linear(scorer.score.in_features, 1, bias=has_bias, device=weight.device, dtype=dtype)
+    nn.init.normal_(head.weight, std=scorer.config.get_text_config().initializer_range)
+    if has_bias:
+        nn.init.zeros_(head.bias)
+    return head
 
 
 def causal_lm_from_config(config: PreTrainedConfig) -> PreTrainedModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from gad_fast.config import Recipe
 from gad_fast.models.batch import Batch, Item
 from gad_fast.models.language_head import fuse_head
 from gad_fast.models.loading import Precision, load_causal_lm
+from gad_fast.models.lora import Adapter, AdapterSet
 from gad_fast.models.micro_batches import micro_batches
 from gad_fast.models.saving import copy_for_saving, load_weights
 from gad_fast.models.shared_prompts import can_share_prompts
@@ -23,10 +24,20 @@ from gad_fast.text import TextCodec
 
 
 def load_student(recipe: Recipe, precision: Precision) -> Student:
-    """The student that a recipe names; raises ModelError when it cannot be loaded."""
-    settings = recipe.student
+    """The student that a recipe names, with an adapter if it is to learn one.
+
+    Raises:
+        ModelError: it cannot be loaded, or the adapter to start from is another model's.
+        ConfigError: it has none of the layers that an adapter is asked for.
+    """
+    settings, max_tokens = recipe.student, recipe.data.max_tokens
     model = load_causal_lm(settings.model, dtype=settings.dtype, device=precision.device)
-    return Student(model, precision, max_tokens=recipe.data.max_tokens)
+    if recipe.lora.rank == 0:
+        return Student(model, precision, max_tokens=max_tokens)
+    adapter = AdapterSet(model, recipe.lora, settings.model).add("student")
+    if recipe.lora.start_from is not None:
+        adapter.load(Path(recipe.lora.start_from), model)
+    return Student(model, precision, max_tokens=max_tokens, adapter=adapter)
 
 
 class Student(nn.Module):
@@ -37,13 +48,29 @@ class Student(nn.Module):
     """
 
     def __init__(
-        self, model: PreTrainedModel, precision: Precision, *, max_tokens: int | None = None
+        self,
+        model: PreTrainedModel,
+        precision: Precision,
+        *,
+        max_tokens: int | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.precision = precision
+        self.adapter = adapter
         self.head_options = fuse_head(model)
         self.shares_prompts = can_share_prompts(model, max_tokens=max_tokens)
+
+    def live_model(self) -> PreTrainedModel:
+        """The model as it is now, with the student's adapter in it; what an engine samples from."""
+        if self.adapter is not None:
+            self.adapter.activate()
+        return self.model
+
+    def trainable_parameters(self) -> Iterable[nn.Parameter]:
+        """What an update changes: all weights, or the adapter's."""
+        return self.model.parameters() if self.adapter is None else self.adapter.parameters()
 
     def micro_batches(
         self, items: Sequence[Item], *, token_budget: int
@@ -105,8 +132,9 @@ class Student(nn.Module):
 
     def _head(self, batch: Batch, **options: Any) -> Any:
         assert self.head_options is not None
-        output: Any = self.model.base_model(**batch.model_inputs, use_cache=False)
-        head: Any = self.model.get_output_embeddings()
+        model = self.live_model()
+        output: Any = model.base_model(**batch.model_inputs, use_cache=False)
+        head: Any = model.get_output_embeddings()
         return head(
             batch.predictors(output.last_hidden_state),
             batch.labels,
@@ -115,7 +143,7 @@ class Student(nn.Module):
         )
 
     def _logits(self, batch: Batch) -> Tensor:
-        output: Any = self.model(**batch.model_inputs, use_cache=False)
+        output: Any = self.live_model()(**batch.model_inputs, use_cache=False)
         return batch.predictors(output.logits)  # [T, V]
 
     @property
@@ -124,25 +152,39 @@ class Student(nn.Module):
         return self.precision.device
 
     def save(self, folder: Path, codec: TextCodec) -> None:
-        """Writes a folder that `AutoModelForCausalLM` loads, with its tokenizer."""
-        self.model.save_pretrained(folder)
+        """Writes a folder that `AutoModelForCausalLM` loads, with its tokenizer.
+
+        An adapter is merged into the weights, and stands beside them in `adapter/`.
+        """
+        if self.adapter is None:
+            self.model.save_pretrained(folder)
+        else:
+            self.model.save_pretrained(folder, state_dict=self.adapter.merged_state(self.model))
+            self.adapter.copy_for_saving(self.model)(folder / "adapter")
         codec.tokenizer.save_pretrained(folder)
 
     def copy_for_saving(self, codec: TextCodec) -> Callable[[Path], None]:
-        """Copies the weights now; the result writes what `save` would have, later."""
-        write_model = copy_for_saving(self.model)
+        """Copies what is learned now; the result writes it later: a whole model, or the adapter."""
+        adapter, model = self.adapter, self.model
+        write_weights = adapter.copy_for_saving(model) if adapter else copy_for_saving(model)
 
         def write(folder: Path) -> None:
-            write_model(folder)
+            write_weights(folder)
             codec.tokenizer.save_pretrained(folder)
 
         return write
 
     def load_weights(self, folder: Path) -> None:
-        """Takes over the weights of a folder that was saved, bit for bit."""
-        load_weights(self.model, folder)
+        """Takes over what a folder of `copy_for_saving` holds, bit for bit."""
+        if self.adapter is None:
+            load_weights(self.model, folder)
+        else:
+            self.adapter.load(folder, self.model)
 
     def frozen_copy(self) -> Student:
-        """The student as it is, for the KL reference."""
-        frozen = copy.deepcopy(self)
-        return frozen.requires_grad_(False)
+        """The student as it is, for the KL reference: a copy of what it learns, and no more."""
+        if self.adapter is None:
+            return copy.deepcopy(self).requires_grad_(False)
+        frozen = copy.copy(self)
+        frozen.adapter = self.adapter.frozen_copy("reference")
+        return frozen

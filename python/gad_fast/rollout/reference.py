@@ -6,7 +6,7 @@ Slow and right: the oracle for every other engine. It knows token ids only.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,9 +37,22 @@ class ReferenceEngine:
     caps = EngineCaps(logprobs=False, in_place=True)
 
     def __init__(
-        self, model: PreTrainedModel, precision: Precision, *, end_id: int, max_sequences: int
+        self,
+        live_model: Callable[[], PreTrainedModel],
+        precision: Precision,
+        *,
+        end_id: int,
+        max_sequences: int,
     ) -> None:
-        self._model = model
+        """Samples from nothing yet.
+
+        Args:
+            live_model: gives the student's model, its adapter active if it has one.
+            precision: of its forward passes.
+            end_id: ends a response.
+            max_sequences: most rollouts at once.
+        """
+        self._live_model = live_model
         self._precision = precision
         self._end_id = end_id
         self._max_sequences = max_sequences
@@ -77,13 +90,13 @@ class ReferenceEngine:
         self, rows: Sequence[GenRequest], sampling: Sampling
     ) -> Iterator[GenOutput]:
         ids, mask = self._pad_left([row.prompt_ids for row in rows])
-        model: Any = self._model
+        model: Any = self._live_model()
         try:
             with torch.no_grad(), self._precision.autocast(), _without_defaults(model):
                 sequences: Tensor = model.generate(
                     input_ids=ids,
                     attention_mask=mask,
-                    past_key_values=_cache(self._model),
+                    past_key_values=_cache(model),
                     generation_config=self._generation_config(sampling),
                 )
         except RuntimeError as error:

@@ -43,7 +43,7 @@ class CacheInfo:
     path: Path
     """The file."""
     format_version: int
-    """Version of layout and keys."""
+    """Version of the layout."""
     num_responses: int
     """Rows."""
     num_prompts: int

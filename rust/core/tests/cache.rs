@@ -217,13 +217,13 @@ fn what_is_no_cache_is_refused_and_left_alone() {
     let newer = filled(&folder, 1);
     Connection::open(&newer)
         .unwrap()
-        .pragma_update(None, "user_version", 2)
+        .pragma_update(None, "user_version", 3)
         .unwrap();
 
     for (path, expected) in [
         (&text, "no teacher cache"),
         (&other, "no teacher cache"),
-        (&newer, "format 2"),
+        (&newer, "format 3"),
     ] {
         let before = std::fs::read(path).unwrap();
         for error in [
@@ -250,6 +250,80 @@ fn what_is_no_cache_is_refused_and_left_alone() {
         .err()
         .unwrap();
     assert!(matches!(error, Error::CacheUnopenable { .. }), "{error}");
+}
+
+/// What earlier versions made.
+const FIRST_LAYOUT: &str = "
+PRAGMA application_id = 0x67616463;
+PRAGMA user_version = 1;
+PRAGMA journal_mode = WAL;
+CREATE TABLE dictionaries (id INTEGER PRIMARY KEY, data BLOB NOT NULL) STRICT;
+CREATE TABLE teachers (
+    id INTEGER PRIMARY KEY, name TEXT NOT NULL, sampling TEXT NOT NULL, UNIQUE (name, sampling)
+) STRICT;
+CREATE TABLE prompts (
+    id INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE, compression INTEGER, data ANY NOT NULL
+) STRICT;
+CREATE TABLE responses (
+    id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, teacher_id INTEGER NOT NULL REFERENCES teachers,
+    prompt_id INTEGER NOT NULL REFERENCES prompts, sample_index INTEGER NOT NULL, finish_reason TEXT,
+    num_prompt_tokens INTEGER, num_response_tokens INTEGER, cost REAL, created REAL NOT NULL, flags TEXT,
+    hash BLOB NOT NULL, compression INTEGER, data ANY NOT NULL
+) STRICT;
+";
+
+#[test]
+fn a_cache_of_the_first_layout_is_read_and_written_as_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = path_in(&folder);
+    Connection::open(&path)
+        .unwrap()
+        .execute_batch(FIRST_LAYOUT)
+        .unwrap();
+    let cache = TeacherCache::open(&path, Compression::Zstd).unwrap();
+    for expected in [true, false] {
+        for index in 0..20 {
+            let is_new = cache.put_and_wait(request(index), response(index)).unwrap();
+            assert_eq!(is_new, expected);
+        }
+    }
+    drop(cache);
+    let cache = TeacherCache::open_read_only(&path).unwrap();
+    assert_eq!(cache.info().unwrap().format_version, 1);
+    for index in 0..20 {
+        assert_eq!(cache.get(&request(index)).unwrap(), Some(response(index)));
+    }
+    assert!(!cache.contains(&request(20)).unwrap());
+    assert_eq!(cache.verify(&|| true).unwrap().problems, [""; 0]);
+}
+
+#[test]
+fn a_new_cache_tells_its_layout_and_keeps_teachers_and_samples_of_a_prompt_apart() {
+    let folder = tempfile::tempdir().unwrap();
+    let cache = TeacherCache::open(path_in(&folder), Compression::Zstd).unwrap();
+    assert_eq!(cache.info().unwrap().format_version, 2);
+    let messages = r#"[{"role": "user", "content": "one question"}]"#;
+    let mut requests = Vec::new();
+    for teacher in ["a", "b"] {
+        for sampling in ["{}", r#"{"temperature": 0.5}"#] {
+            for sample_index in 0..3 {
+                requests.push(Request::new(teacher, messages, sampling, sample_index).unwrap());
+            }
+        }
+    }
+    for (index, request) in requests.iter().enumerate() {
+        assert!(!cache.contains(request).unwrap());
+        assert!(
+            cache
+                .put_and_wait(request.clone(), response(index))
+                .unwrap()
+        );
+    }
+    assert_eq!(cache.info().unwrap().num_prompts, 1);
+    for (index, request) in requests.iter().enumerate() {
+        assert_eq!(cache.get(request).unwrap(), Some(response(index)));
+        assert!(!cache.put_and_wait(request.clone(), response(99)).unwrap());
+    }
 }
 
 /// Changes a cache behind its back and gives what `verify` and `get` of row 1 say.
@@ -297,7 +371,10 @@ fn damage_is_found_and_named() {
         ("UPDATE responses SET key = x'00' WHERE id = 2", false),
         ("UPDATE responses SET sample_index = 1 WHERE id = 2", false),
         ("UPDATE responses SET sample_index = -1 WHERE id = 2", false),
-        ("UPDATE responses SET prompt_id = 4 WHERE id = 2", false),
+        (
+            "UPDATE responses SET prompt_id = 4, sample_index = 7 WHERE id = 2",
+            false,
+        ),
         ("UPDATE responses SET teacher_id = 77 WHERE id = 2", false),
         ("UPDATE teachers SET name = 'x'", false),
         ("DELETE FROM prompts WHERE id = 2", false),

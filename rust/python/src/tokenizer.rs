@@ -15,6 +15,13 @@ use crate::stream::DecodeStream;
 /// Packed ids and their offsets, as numpy arrays.
 type PackedIds<'py> = (Bound<'py, PyArray1<i32>>, Bound<'py, PyArray1<i64>>);
 
+/// The same, and whether each response is finished.
+type PackedResponses<'py> = (
+    Bound<'py, PyArray1<i32>>,
+    Bound<'py, PyArray1<i64>>,
+    Bound<'py, PyArray1<bool>>,
+);
+
 /// A tokenizer read from a Hugging Face `tokenizer.json`.
 #[pyclass(module = "gad_fast._core", frozen)]
 pub(crate) struct Tokenizer {
@@ -54,7 +61,26 @@ impl Tokenizer {
         texts: Vec<Bound<'py, PyString>>,
     ) -> PyResult<PackedIds<'py>> {
         let texts = borrow_all(&texts)?;
-        self.encode(py, || Ok(texts))
+        let TokenBatch { ids, offsets } = self.encode(py, || Ok(texts))?;
+        Ok((ids.into_pyarray(py), offsets.into_pyarray(py)))
+    }
+
+    #[pyo3(signature = (texts, *, end_id, max_tokens))]
+    fn encode_responses<'py>(
+        &self,
+        py: Python<'py>,
+        texts: Vec<Bound<'py, PyString>>,
+        end_id: i32,
+        max_tokens: usize,
+    ) -> PyResult<PackedResponses<'py>> {
+        let texts = borrow_all(&texts)?;
+        let batch = self.encode(py, || Ok(texts))?;
+        let (batch, is_finished) = py.detach(|| batch.into_responses(end_id, max_tokens));
+        Ok((
+            batch.ids.into_pyarray(py),
+            batch.offsets.into_pyarray(py),
+            is_finished.into_pyarray(py),
+        ))
     }
 
     fn encode_utf8<'py>(
@@ -65,7 +91,8 @@ impl Tokenizer {
     ) -> PyResult<PackedIds<'py>> {
         let data = copied("data", &data)?;
         let offsets = copied("offsets", &offsets)?;
-        self.encode(py, || split_texts(&data, &offsets))
+        let TokenBatch { ids, offsets } = self.encode(py, || split_texts(&data, &offsets))?;
+        Ok((ids.into_pyarray(py), offsets.into_pyarray(py)))
     }
 
     #[pyo3(signature = (ids, offsets, *, skip_special_tokens))]
@@ -98,11 +125,11 @@ impl Tokenizer {
 
 impl Tokenizer {
     /// Encodes texts with the interpreter released, except to see to signals.
-    fn encode<'a, 'py>(
+    fn encode<'a>(
         &self,
-        py: Python<'py>,
+        py: Python<'_>,
         texts: impl FnOnce() -> Result<Vec<&'a str>> + Send,
-    ) -> PyResult<PackedIds<'py>> {
+    ) -> PyResult<TokenBatch> {
         let mut signal = None;
         let batch = py.detach(|| {
             self.codec.encode_batch_while(&texts()?, || {
@@ -113,8 +140,7 @@ impl Tokenizer {
         if let Some(error) = signal {
             return Err(error);
         }
-        let TokenBatch { ids, offsets } = batch.map_err(to_python)?;
-        Ok((ids.into_pyarray(py), offsets.into_pyarray(py)))
+        batch.map_err(to_python)
     }
 }
 

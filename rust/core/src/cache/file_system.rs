@@ -29,7 +29,11 @@ const NETWORK_FILE_SYSTEMS: &[(u64, &str)] = &[
 
 /// Refuses a path on a network file system.
 pub(super) fn refuse_network(path: &Path) -> Result<()> {
-    match kind(folder_of(path)).and_then(network_name) {
+    refuse_kind(path, kind(folder_of(path)))
+}
+
+fn refuse_kind(path: &Path, kind: Option<u64>) -> Result<()> {
+    match kind.and_then(network_name) {
         Some(file_system) => Err(Error::CacheOnNetwork {
             path: path.to_owned(),
             file_system,
@@ -104,6 +108,21 @@ mod tests {
         for local in [0xef53, 0x0102_1994, 0x5846_5342, 0x9123_683e, 0x794c_7630] {
             assert_eq!(network_name(local), None);
         }
+    }
+
+    #[test]
+    fn a_network_file_system_is_refused_by_name_with_the_way_out() {
+        let path = Path::new("/home/me/teacher.cache");
+        for &(kind, name) in NETWORK_FILE_SYSTEMS {
+            let message = refuse_kind(path, Some(kind)).unwrap_err().to_string();
+            let expected = format!(
+                "the cache /home/me/teacher.cache is on {name}, where a write-ahead log can lose rows \
+                 (keep the cache on a local disk, and share an export of it)"
+            );
+            assert_eq!(message, expected);
+        }
+        refuse_kind(path, Some(0xef53)).unwrap();
+        refuse_kind(path, None).unwrap();
     }
 
     #[test]

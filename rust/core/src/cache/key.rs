@@ -4,12 +4,14 @@ use std::fmt;
 
 use super::canonical::push_string;
 use super::entry::{Request, Response};
-use super::schema::FORMAT_VERSION;
 
 /// Bytes of the hashes that nobody looks up from outside: enough against damage, and to tell chats apart.
 pub(super) const SHORT_HASH_BYTES: usize = 16;
 
-/// BLAKE3 of the canonical JSON of format version, messages, sample index, sampling and teacher.
+/// The version of the keys, which is in each of them.
+const KEY_VERSION: i32 = 1;
+
+/// BLAKE3 of the canonical JSON of key version, messages, sample index, sampling and teacher.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Key(pub(super) [u8; 32]);
 
@@ -22,7 +24,7 @@ impl Key {
         let mut hasher = blake3::Hasher::new();
         // Members in canonical order, from parts that are canonical.
         for part in [
-            &format!(r#"{{"format":{FORMAT_VERSION},"messages":"#),
+            &format!(r#"{{"format":{KEY_VERSION},"messages":"#),
             &request.messages,
             &format!(r#","sample_index":{},"sampling":"#, request.sample_index),
             &request.sampling,
@@ -106,7 +108,7 @@ mod tests {
 
     #[test]
     fn a_key_never_changes() {
-        // A key is on disk for ever: if this fails, the format version must rise.
+        // A key is on disk for ever: if this fails, the key version must rise.
         let messages = r#"[{"role": "user", "content": "Hi \"é\"\n"}]"#;
         let key = Key::of(&request("gpt", messages, r#"{"temperature": 1.0}"#, 3));
         let canonical = concat!(

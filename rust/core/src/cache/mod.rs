@@ -20,9 +20,11 @@ mod lock;
 mod packing_thread;
 mod queue;
 mod reader;
+mod row;
 mod schema;
 mod store;
 mod training;
+mod unpacking;
 mod verify;
 mod writer;
 

@@ -3,14 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use rusqlite::types::ValueRef;
-use rusqlite::{Connection, OptionalExtension, Row};
+use rusqlite::{Connection, OptionalExtension};
 
-use super::compression::Unpacker;
 use super::entry::{Request, Response, StoredEntry};
 use super::failure::from_sqlite;
-use super::key::{Key, SHORT_HASH_BYTES, content_hash, prompt_hash};
+use super::key::{Key, prompt_hash};
+use super::row::{CONTAINS, SELECT_ENTRY, SELECT_RESPONSE, check_key, read_entry, read_response};
 use super::schema::open_for_reading;
+use super::unpacking::Unpacker;
 use crate::error::{Error, Result};
 
 /// Connections kept for the next call.
@@ -40,15 +40,15 @@ impl Reader {
     }
 
     /// The response of a request.
-    pub(super) fn get(&self, key: &Key) -> Result<Option<Response>> {
-        self.with_connection(|connection| connection.response(key))
+    pub(super) fn get(&self, request: &Request) -> Result<Option<Response>> {
+        self.with_connection(|connection| connection.response(request))
     }
 
-    pub(super) fn contains(&self, key: &Key) -> Result<bool> {
+    pub(super) fn contains(&self, request: &Request) -> Result<bool> {
         self.with_connection(|connection| {
             connection
-                .prepare_cached("SELECT 1 FROM responses WHERE key = ?1")?
-                .exists([key.0])
+                .prepare_cached(CONTAINS)?
+                .exists((prompt_hash(&request.messages), Key::of(request).0))
                 .map_err(Fault::from)
         })
     }
@@ -138,16 +138,6 @@ impl Fault {
     }
 }
 
-const SELECT_RESPONSE: &str = "SELECT id, key, finish_reason, num_prompt_tokens, \
-     num_response_tokens, cost, created, flags, hash, compression, data \
-     FROM responses WHERE key = ?1";
-
-const SELECT_ENTRY: &str = "SELECT r.id, r.key, r.finish_reason, r.num_prompt_tokens, \
-     r.num_response_tokens, r.cost, r.created, r.flags, r.hash, r.compression, r.data, \
-     r.sample_index, t.name, t.sampling, p.hash, p.compression, p.data \
-     FROM responses r LEFT JOIN teachers t ON t.id = r.teacher_id \
-     LEFT JOIN prompts p ON p.id = r.prompt_id WHERE r.id = ?1";
-
 /// A connection, with what it needs to unpack texts.
 pub(super) struct ReadConnection {
     connection: Connection,
@@ -170,17 +160,18 @@ impl ReadConnection {
         })
     }
 
-    fn response(&mut self, key: &Key) -> std::result::Result<Option<Response>, Fault> {
+    fn response(&mut self, request: &Request) -> std::result::Result<Option<Response>, Fault> {
+        let key = Key::of(request);
         let Self {
             connection,
             unpacker,
         } = self;
         let mut statement = connection.prepare_cached(SELECT_RESPONSE)?;
         let response = statement
-            .query_row([key.0], |row| {
+            .query_row((prompt_hash(&request.messages), key.0), |row| {
                 let id = row.get(0)?;
                 Ok(read_response(connection, unpacker, row)
-                    .and_then(|(stored, response)| check_key(stored, *key).map(|()| response))
+                    .and_then(|(stored, response)| check_key(stored, key).map(|()| response))
                     .map_err(|reason| Fault::Damage { id, reason }))
             })
             .optional()?;
@@ -209,84 +200,30 @@ impl ReadConnection {
     }
 }
 
-/// The row, or what is wrong with it.
-fn read_entry(
-    connection: &Connection,
-    unpacker: &mut Unpacker,
-    row: &Row<'_>,
-) -> std::result::Result<StoredEntry, String> {
-    let (key, response) = read_response(connection, unpacker, row)?;
-    let request = read_request(connection, unpacker, row)?;
-    check_key(key, Key::of(&request))?;
-    Ok(StoredEntry {
-        id: value(row, 0)?,
-        request,
-        response,
-    })
-}
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
-fn read_request(
-    connection: &Connection,
-    unpacker: &mut Unpacker,
-    row: &Row<'_>,
-) -> std::result::Result<Request, String> {
-    let prompt_data = cell(row, 16)?;
-    if prompt_data == ValueRef::Null {
-        return Err("its prompt is missing".to_owned());
+    use super::*;
+    use crate::cache::schema::open_for_writing;
+
+    #[test]
+    fn a_look_up_searches_indices_and_scans_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let connection = open_for_writing(&folder.path().join("cache")).unwrap();
+        for statement in [CONTAINS, SELECT_RESPONSE] {
+            let plan: Vec<String> = connection
+                .prepare(&format!("EXPLAIN QUERY PLAN {statement}"))
+                .unwrap()
+                .query_map(([0; 16], [0; 32]), |row| row.get(3))
+                .unwrap()
+                .collect::<rusqlite::Result<_>>()
+                .unwrap();
+            assert_eq!(plan.len(), 2, "{plan:?}");
+            assert!(
+                plan.iter().all(|step| step.starts_with("SEARCH")),
+                "{plan:?}"
+            );
+        }
     }
-    let request = Request {
-        sample_index: value(row, 11)?,
-        teacher: value(row, 12)?,
-        sampling: value(row, 13)?,
-        messages: unpacker.unpack(connection, value(row, 15)?, prompt_data)?,
-    };
-    if prompt_hash(&request.messages) != value::<[u8; SHORT_HASH_BYTES]>(row, 14)? {
-        return Err("its prompt does not fit the prompt's hash".to_owned());
-    }
-    Ok(request)
-}
-
-fn read_response(
-    connection: &Connection,
-    unpacker: &mut Unpacker,
-    row: &Row<'_>,
-) -> std::result::Result<(Key, Response), String> {
-    let key = Key(value(row, 1)?);
-    let flags: Option<String> = value(row, 7)?;
-    let response = Response {
-        finish_reason: value(row, 2)?,
-        num_prompt_tokens: value(row, 3)?,
-        num_response_tokens: value(row, 4)?,
-        cost: value(row, 5)?,
-        created: value(row, 6)?,
-        flags: match flags {
-            Some(json) => serde_json::from_str(&json)
-                .map_err(|error| format!("its flags cannot be read: {error}"))?,
-            None => Vec::new(),
-        },
-        text: unpacker.unpack(connection, value(row, 9)?, cell(row, 10)?)?,
-    };
-    if content_hash(&key, &response) != value::<[u8; SHORT_HASH_BYTES]>(row, 8)? {
-        return Err("its content does not fit its hash".to_owned());
-    }
-    Ok((key, response))
-}
-
-fn check_key(stored: Key, computed: Key) -> std::result::Result<(), String> {
-    if stored == computed {
-        return Ok(());
-    }
-    Err(format!("its key is {stored}, its content has {computed}"))
-}
-
-/// A value of a row; a wrong type is damage, as `SQLite` itself keeps types.
-fn value<T: rusqlite::types::FromSql>(
-    row: &Row<'_>,
-    column: usize,
-) -> std::result::Result<T, String> {
-    row.get(column).map_err(|error| error.to_string())
-}
-
-fn cell<'a>(row: &'a Row<'_>, column: usize) -> std::result::Result<ValueRef<'a>, String> {
-    row.get_ref(column).map_err(|error| error.to_string())
 }

@@ -9,8 +9,10 @@ use super::failure::from_sqlite;
 use super::file_system::{refuse_network, sync_folder};
 use crate::error::{Error, Result};
 
-/// The version of the layout and of the keys.
-pub(super) const FORMAT_VERSION: i32 = 1;
+/// The version of the layout of new caches.
+///
+/// 1 had an index on `key`, and none on the prompt. All statements find their way in both.
+pub(super) const FORMAT_VERSION: i32 = 2;
 
 /// `gadc`, in the header of the file.
 const APPLICATION_ID: i32 = 0x6761_6463;
@@ -19,6 +21,9 @@ const APPLICATION_ID: i32 = 0x6761_6463;
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 
 /// `compression`: NULL for plain text, 0 for zstd, else zstd with the dictionary of that id.
+///
+/// A request is found by the hash of its prompt, then among the few rows of that prompt: an index on `key`
+/// would write a page of its own for every row, where one that starts with the newest prompt grows at its end.
 const LAYOUT: &str = "
 CREATE TABLE dictionaries (id INTEGER PRIMARY KEY, data BLOB NOT NULL) STRICT;
 CREATE TABLE teachers (
@@ -29,7 +34,7 @@ CREATE TABLE prompts (
 ) STRICT;
 CREATE TABLE responses (
     id INTEGER PRIMARY KEY,
-    key BLOB NOT NULL UNIQUE,
+    key BLOB NOT NULL,
     teacher_id INTEGER NOT NULL REFERENCES teachers,
     prompt_id INTEGER NOT NULL REFERENCES prompts,
     sample_index INTEGER NOT NULL,
@@ -41,7 +46,8 @@ CREATE TABLE responses (
     flags TEXT,
     hash BLOB NOT NULL,
     compression INTEGER,
-    data ANY NOT NULL
+    data ANY NOT NULL,
+    UNIQUE (prompt_id, teacher_id, sample_index)
 ) STRICT;
 ";
 

@@ -9,11 +9,10 @@ use super::entry::{Request, Response, StoredEntry};
 use super::failure::from_sqlite;
 use super::file_system::beside;
 use super::fork;
-use super::key::Key;
 use super::lock::WriterLock;
 use super::packing_thread::PackingThread;
 use super::reader::Reader;
-use super::schema::{FORMAT_VERSION, open_for_writing, refuse_others};
+use super::schema::{open_for_writing, refuse_others};
 use super::verify::{self, Verification};
 use super::writer::{Receipt, Writer};
 use crate::error::{Error, Result};
@@ -31,7 +30,7 @@ pub enum Compression {
 /// Sizes of a cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CacheInfo {
-    /// The version of layout and keys.
+    /// The version of its layout.
     pub format_version: i32,
     /// Stored responses.
     pub num_responses: u64,
@@ -160,13 +159,13 @@ impl TeacherCache {
     /// The response to `request`, if it was stored.
     pub fn get(&self, request: &Request) -> Result<Option<Response>> {
         let _inside = fork::enter();
-        self.reader.get(&Key::of(request))
+        self.reader.get(request)
     }
 
     /// Whether a response to `request` was stored.
     pub fn contains(&self, request: &Request) -> Result<bool> {
         let _inside = fork::enter();
-        self.reader.contains(&Key::of(request))
+        self.reader.contains(request)
     }
 
     /// At most `limit` rows after the one with `id`, in the order in which they were stored; 0 is before
@@ -209,8 +208,10 @@ impl TeacherCache {
                 [],
                 |row| Ok((row.get(0)?, row.get(1)?)),
             )?;
+            let format_version =
+                connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
             Ok(CacheInfo {
-                format_version: FORMAT_VERSION,
+                format_version,
                 num_responses,
                 num_prompts,
                 teachers,

@@ -116,13 +116,9 @@ impl RolloutBuffer {
     ) -> Result<()> {
         at_least("end_id", end_id.into(), 0)?;
         let max_tokens = to_usize(at_least("max_tokens", max_tokens, 1)?);
-        let mut teacher_ids = codec.encode_batch(&[text])?.ids;
-        teacher_ids.push(end_id);
-        teacher_ids.truncate(max_tokens);
-        if let Some(end) = teacher_ids.iter().position(|&id| id == end_id) {
-            teacher_ids.truncate(end + 1);
-        }
-        self.push_teacher(group_id, teacher_ids)
+        let encoded = codec.encode_batch(&[text])?;
+        let (response, _) = encoded.into_responses(end_id, max_tokens);
+        self.push_teacher(group_id, response.ids)
     }
 
     /// Waits at most `timeout` for `num_groups` ready groups that are fresh at `current_version`, and

@@ -9,6 +9,7 @@ mod codec;
 mod encoder;
 mod hugging_face;
 mod offsets;
+mod responses;
 mod stand_ins;
 mod stops;
 mod stream;

@@ -6,23 +6,14 @@ for each bin the tensors of ids, position ids, response mask, log-probabilities 
 
 The peer keeps what TRL and prime-rl keep: a list of ints or floats a stream and sample, extended
 bin by bin, handed to torch at the end. Each side starts from what its engine gives: arrays here,
-lists there. "buffer_from_lists" is this side with an engine that gives lists. All run in turns in
+lists there. "from lists" is this side with an engine that gives lists. All run in turns in
 this process, and must give the same tensors.
-
-    python benchmarks/buffer.py [--smoke] [--output benchmarks/results/buffer.json]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gad_fast import _core
-from packing import pack_in_python
+from gad_fast.bench.plain_packing import pack_in_python
+from gad_fast.bench.report import Comparison, Report
+from gad_fast.bench.timing import seconds
 
 GROUP_SIZE = 8
 TOKEN_BUDGET = 16_384
@@ -62,6 +55,39 @@ class Sample:
             self.logprobs.tolist(),
             self.score,
         )
+
+
+def run(*, quick: bool) -> Report:
+    """One step's rollouts with all sides in turns; fails unless the tensors agree."""
+    num_groups, repeats = (8, 1) if quick else (256, 7)
+    arrays = samples(num_groups)
+    lists = [sample.as_lists() for sample in arrays]
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        expected = with_lists(lists)
+        check_equal(with_buffer(arrays), expected)  # also the warm-up
+        check_equal(with_buffer_from_lists(lists), expected)
+        num_tokens = sum(len(ids) for ids, *_ in expected)
+        del expected
+        turns = compare(arrays, lists, repeats)
+    finally:
+        torch.set_num_threads(num_threads)
+    return Report(
+        name="buffer",
+        is_quick=quick,
+        question="What does a token cost from engine to tensor, against Python lists?",
+        settings={
+            "num_tokens": num_tokens,
+            "num_rollouts": len(arrays),
+            "group_size": GROUP_SIZE,
+            "token_budget": TOKEN_BUDGET,
+            "seed": SEED,
+            "num_threads": 1,
+        },
+        comparisons=[_comparison(turns, given, num_tokens) for given in ("arrays", "lists")],
+        samples=turns,
+    )
 
 
 def samples(num_groups: int) -> list[Sample]:
@@ -173,87 +199,23 @@ def check_equal(found: list[Bin], expected: list[Bin]) -> None:
         torch.testing.assert_close(ours[4], theirs[4], rtol=1e-4, atol=1e-5)
 
 
-def seconds(run: Callable[[list[Sample]], list[Bin]], given: list[Sample]) -> float:
-    """Wall time of one step; what it made is freed outside of it."""
-    start = time.perf_counter()
-    made = run(given)
-    stop = time.perf_counter()
-    del made
-    return stop - start
-
-
 def compare(arrays: list[Sample], lists: list[Sample], repeats: int) -> list[dict[str, float]]:
     """The seconds of all three, turn by turn."""
     return [
         {
-            "buffer": seconds(with_buffer, arrays),
-            "buffer_from_lists": seconds(with_buffer_from_lists, lists),
-            "lists": seconds(with_lists, lists),
+            "arrays": seconds(lambda: with_buffer(arrays)),
+            "lists": seconds(lambda: with_buffer_from_lists(lists)),
+            "peer": seconds(lambda: with_lists(lists)),
         }
         for _ in range(repeats)
     ]
 
 
-def summary(turns: list[dict[str, float]], num_tokens: int) -> dict[str, dict[str, float]]:
-    """Nanoseconds a token, and how many times the lists take; medians and the spread."""
-    figures: dict[str, dict[str, float]] = {}
-    for name in turns[0]:
-        ratios = [turn["lists"] / turn[name] for turn in turns]
-        figures[name] = {
-            "ns_per_token": statistics.median(turn[name] for turn in turns) / num_tokens * 1e9,
-            "ratio": statistics.median(ratios),
-            "lowest_ratio": min(ratios),
-            "highest_ratio": max(ratios),
-        }
-    return figures
-
-
-def main() -> None:
-    """Print nanoseconds a token and ratios; write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--num-groups", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--smoke", action="store_true", help="8 groups, once")
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    if arguments.smoke:
-        arguments.num_groups, arguments.repeats = 8, 1
-    torch.set_num_threads(1)
-    arrays = samples(arguments.num_groups)
-    lists = [sample.as_lists() for sample in arrays]
-    expected = with_lists(lists)
-    check_equal(with_buffer(arrays), expected)  # also the warm-up
-    check_equal(with_buffer_from_lists(lists), expected)
-    num_tokens = sum(len(ids) for ids, *_ in expected)
-    del expected
-    turns = compare(arrays, lists, arguments.repeats)
-    figures = summary(turns, num_tokens)
-    print(
-        f"{num_tokens} tokens, {len(arrays)} rollouts, the same tensors from all; goal x{GOAL:.0f}"
+def _comparison(turns: list[dict[str, float]], given: str, num_tokens: int) -> Comparison:
+    nanoseconds = statistics.median(turn[given] for turn in turns) / num_tokens * 1e9
+    return Comparison(
+        case=f"from {given}, {nanoseconds:.2f} ns a token",
+        peer="Python lists",
+        ratios=[turn["peer"] / turn[given] for turn in turns],
+        goal=GOAL if given == "arrays" else None,
     )
-    for name, figure in figures.items():
-        print(
-            f"{name:18} {figure['ns_per_token']:7.2f} ns a token   x{figure['ratio']:.1f} "
-            f"(x{figure['lowest_ratio']:.1f} to x{figure['highest_ratio']:.1f})"
-        )
-    if arguments.output:
-        record = {
-            "num_tokens": num_tokens,
-            "num_rollouts": len(arrays),
-            "group_size": GROUP_SIZE,
-            "token_budget": TOKEN_BUDGET,
-            "seed": SEED,
-            "goal": GOAL,
-            "processor": platform.processor() or platform.machine(),
-            "python": sys.version.split()[0],
-            "numpy": np.__version__,
-            "torch": torch.__version__,
-            "results": figures,
-            "samples": turns,
-        }
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
