@@ -83,5 +83,5 @@ $(VENV)/bin/python:
 
 # Editable: Python changes need no new build, a Rust change makes one.
 $(VENV)/built: pyproject.toml constraints.txt $(RUST) | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,examples,quickstart,bench]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,examples,quickstart,bench,lowbit]'
 	touch $@

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Generator, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,13 +19,14 @@ from gad_fast.errors import CheckpointError
 from gad_fast.evaluation.validation import Validation, validate
 from gad_fast.game.gates import pass_gates
 from gad_fast.game.loop import Figures, Game, Opponent, plan_of, play
-from gad_fast.game.optim import PlayerOptimizer
+from gad_fast.game.optim import PlayerOptimizer, require_optimizer
 from gad_fast.game.plan import Plan, make_plan
 from gad_fast.game.state import checkpoint_bytes, restore
 from gad_fast.game.symmetry import check_symmetry
 from gad_fast.game.warmup import imitate_only, warm_up
 from gad_fast.models.discriminator import Discriminator, load_discriminator
 from gad_fast.models.loading import Precision, load_config, require_context
+from gad_fast.models.micro_batches import require_budget
 from gad_fast.models.student import Student, load_student
 from gad_fast.records import EncodedExample
 from gad_fast.rollout.endings import Endings
@@ -116,6 +118,7 @@ def load_inputs(recipe: Recipe) -> Inputs:
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     precision = Precision(recipe.hardware)
+    require_optimizer(recipe.optimizer, precision.device)
     config = load_config(recipe.student.model)
     require_context(config, recipe.data, recipe.student.model)
     codec = TextCodec.from_pretrained(recipe.student.model)
@@ -147,6 +150,7 @@ def set_up(recipe: Recipe, inputs: Inputs, display: Display, start: Start) -> Ga
     if recipe.method == "gad":
         opponent = _opponent(recipe, inputs, student, engine)
         _say_layout(display, "discriminator", opponent.discriminator)
+        _require_budget(recipe, inputs.prompts, opponent.discriminator)
     logs = {} if start.checkpoint is None else read_state(start.checkpoint)["logs"]
     return Game(
         recipe=recipe,
@@ -163,6 +167,20 @@ def set_up(recipe: Recipe, inputs: Inputs, display: Display, start: Start) -> Ga
         data_digest=inputs.data_digest,
         validate=lambda game: measure(game, inputs),
     )
+
+
+def _require_budget(recipe: Recipe, prompts: PromptSet, discriminator: Discriminator) -> None:
+    """Raises ConfigError when a group of these prompts could grow over a micro-batch.
+
+    The discriminator's groups are the largest: they hold the teacher's response as well.
+    """
+    limit = recipe.data.max_response_tokens
+    num_rollouts = recipe.rollout.group_size
+    longest = max(len(prompt.prompt_ids) for prompt in (*prompts.train, *prompts.validation))
+    num_tokens = longest + (num_rollouts + 1) * limit
+    if not discriminator.shares_prompts:
+        num_tokens = (num_rollouts + 1) * (longest + limit)
+    require_budget(num_tokens, recipe.batch.tokens_per_micro_batch)
 
 
 def _require_same_data(inputs: Inputs, start: Start) -> None:
@@ -208,7 +226,9 @@ def _say_layout(display: Display, name: str, player: Student | Discriminator) ->
 def show_plan(recipe: Recipe, inputs: Inputs, display: Display) -> None:
     """Prints the sizes of a run."""
     plan = inputs.plan
-    memory = " + ".join(f"{name} {size:.2f}" for name, size in plan.memory_gib.items())
+    known = {name: size for name, size in plan.memory_gib.items() if not math.isnan(size)}
+    unknown = "".join(f" + {name} unknown" for name in plan.memory_gib.keys() - known.keys())
+    memory = " + ".join(f"{name} {size:.2f}" for name, size in known.items()) + unknown
     rows = [
         ["student", f"{recipe.student.model}, {plan.num_parameters / 1e6:.1f} M parameters"],
         ["runs on", str(inputs.precision)],
@@ -216,7 +236,7 @@ def show_plan(recipe: Recipe, inputs: Inputs, display: Display) -> None:
         ["left out", inputs.prompts.describe_left_out()],
         ["steps", f"{plan.warmup_steps} of warm-up, {plan.game_steps} of the game"],
         ["a step", f"{plan.responses_per_step} responses, <= {plan.max_tokens_per_step} tokens"],
-        ["memory", f"about {sum(plan.memory_gib.values()):.1f} GiB ({memory})"],
+        ["memory", f"about {sum(known.values()):.1f} GiB ({memory})"],
         ["run folder", str(recipe.output)],
     ]
     display.table(recipe.name, ["what", "size"], rows)

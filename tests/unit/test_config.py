@@ -88,7 +88,7 @@ def test_the_paper_recipe_holds_the_papers_numbers() -> None:
     assert recipe.student.model == "Qwen/Qwen2.5-7B-Instruct"
     assert recipe.discriminator.model == "student"
     assert recipe.batch.prompts_per_step == 256
-    assert recipe.batch.tokens_per_micro_batch == 12288
+    assert recipe.batch.tokens_per_micro_batch == 16384
     assert recipe.data.max_prompt_tokens == 2048
     assert recipe.data.max_response_tokens == 1536
     assert recipe.rollout.temperature == 0.8

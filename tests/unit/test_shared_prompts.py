@@ -19,8 +19,10 @@ from transformers import (
 )
 
 from gad_fast.config import HardwareSettings
+from gad_fast.errors import ConfigError
 from gad_fast.models.batch import Item, pad, share_prompts
 from gad_fast.models.loading import Precision
+from gad_fast.models.micro_batches import plan
 from gad_fast.models.shared_prompts import can_share_prompts
 from gad_fast.models.student import Student
 from gad_fast.records import Response
@@ -111,7 +113,7 @@ def test_loss_and_gradients_depend_neither_on_the_layout_nor_on_the_budget(name)
 
     expected = step(False, 10_000)
     for shares_prompts in (True, False):
-        for token_budget in (1, 15, 40, 10_000):
+        for token_budget in (18, 40, 10_000):
             actual = step(shares_prompts, token_budget)
             assert_close(actual[0], expected[0], rtol=1e-10, atol=1e-12)
             # The norms of these models compute in float32, whatever their weights are.
@@ -147,3 +149,10 @@ def test_eager_attention_that_adds_its_mask_keeps_separate_rows_or_is_right():
         with torch.no_grad():
             logits = [b.predictors(model(**b.model_inputs).logits) for b in (shared, padded)]
         assert_close(*logits, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(("is_shared", "tokens"), [(True, 18), (False, 44)])
+def test_a_group_over_the_budget_is_refused_with_its_length(is_shared, tokens):
+    plan(items()[:1], token_budget=tokens, is_shared=is_shared)
+    with pytest.raises(ConfigError, match=rf"a group takes {tokens} tokens .*_batch = {tokens}"):
+        plan(items()[:1], token_budget=tokens - 1, is_shared=is_shared)

@@ -20,6 +20,10 @@ class OptimizerSettings(Settings):
     """Decoupled weight decay."""
     max_grad_norm: float = Field(default=0.2, gt=0)
     """Gradients are scaled down to this norm, each player's on its own."""
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps the moments in a byte each, a quarter of float32; `paged_adamw_8bit` may
+    also move them to the memory of the host when the GPU's is full. Both need bitsandbytes
+    (`pip install 'gad-fast[lowbit]'`)."""
 
 
 class LearningRateSettings(Settings):
@@ -40,8 +44,9 @@ class BatchSettings(Settings):
 
     prompts_per_step: int = Field(default=256, ge=1)
     """Prompts a step; a step samples `prompts_per_step * group_size` rollouts."""
-    tokens_per_micro_batch: int = Field(default=12288, ge=1)
-    """Upper bound of padded tokens a forward pass sees. It changes memory, never the loss."""
+    tokens_per_micro_batch: int = Field(default=16384, ge=1)
+    """Upper bound of padded tokens a forward pass sees. It changes memory, never the loss. A prompt
+    with all its rollouts and the teacher's response must fit."""
 
 
 class StageSettings(Settings):

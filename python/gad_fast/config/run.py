@@ -50,3 +50,6 @@ class HardwareSettings(Settings):
     compute_dtype: Literal["auto", "float32", "bfloat16", "weights"] = "auto"
     """Precision of the matrix products; `auto` is bfloat16 where the device has fast bfloat16,
     `weights` that of the stored weights. Heads and losses are always float32 at least."""
+    gradient_checkpointing: bool = False
+    """Keep only what goes into each layer for the backward pass, which computes the rest again: far
+    less memory, a third more work, the same gradients."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 
 from gad_fast.config import LearningRateSettings, OptimizerSettings
-from gad_fast.errors import NonFiniteError
+from gad_fast.errors import ConfigError, NonFiniteError
 
 Schedule = Callable[[int], float]
 
@@ -86,12 +88,42 @@ class PlayerOptimizer:
         self._num_updates += 1
         return norm
 
-    def _fresh(self) -> torch.optim.AdamW:
-        return torch.optim.AdamW(
-            self._parameters,
-            betas=(self._settings.beta1, self._settings.beta2),
-            weight_decay=self._settings.weight_decay,
+    def _fresh(self) -> torch.optim.Optimizer:
+        return _adamw(self._parameters, self._settings)
+
+
+def require_optimizer(settings: OptimizerSettings, device: torch.device) -> None:
+    """Raises ConfigError when the optimizer is not installed, or not made for the device."""
+    if settings.name != "adamw" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"optimizer.name = {settings.name!r} needs bitsandbytes, which is not installed "
+            f"(pip install 'gad-fast[lowbit]', or set optimizer.name = 'adamw')"
         )
+    if settings.name == "paged_adamw_8bit" and device.type != "cuda":
+        raise ConfigError(
+            f"optimizer.name = 'paged_adamw_8bit' moves pages between a GPU and its host, and this "
+            f"run is on {device.type} (set optimizer.name = 'adamw_8bit')"
+        )
+
+
+def _adamw(parameters: list[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
+    options: dict[str, Any] = {
+        "betas": (settings.beta1, settings.beta2),
+        "weight_decay": settings.weight_decay,
+    }
+    match settings.name:
+        case "adamw":
+            # One pass over weights, gradients and moments, without temporary copies of them.
+            return torch.optim.AdamW(parameters, fused=True, **options)
+        case "adamw_8bit":
+            return _bitsandbytes().AdamW8bit(parameters, **options)
+        case "paged_adamw_8bit":
+            return _bitsandbytes().PagedAdamW8bit(parameters, **options)
+
+
+def _bitsandbytes() -> Any:
+    # Imported late: it is optional, and has no types.
+    return importlib.import_module("bitsandbytes.optim")
 
 
 def schedule(settings: LearningRateSettings, num_updates: int) -> Schedule:

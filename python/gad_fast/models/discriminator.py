@@ -138,7 +138,7 @@ class Discriminator(nn.Module):
         """Scores of N sequences at the last token of each response, Float [N]."""
         if self.adapter is not None:
             self.adapter.activate()
-        with self.precision.autocast():
+        with self.precision.forward_pass(self.model):
             hidden: Tensor = self.model.base_model(
                 **batch.model_inputs, use_cache=False
             ).last_hidden_state

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers import (
 
 from gad_fast.config import DataSettings, HardwareSettings
 from gad_fast.errors import ConfigError, ModelError
+from gad_fast.models.recomputation import recomputed_layers
 
 _SAFE: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
 """Left open, transformers asks on the terminal, and takes pickle where there is nothing else."""
@@ -29,6 +31,26 @@ class Precision:
     def __init__(self, settings: HardwareSettings) -> None:
         self.device = _device(settings.device)
         self.compute_dtype = _compute_dtype(settings.compute_dtype, self.device)
+        self._recomputes_layers = settings.gradient_checkpointing
+
+    @contextlib.contextmanager
+    def forward_pass(self, model: nn.Module) -> Generator[None]:
+        """Context of a model's forward pass; where gradients are recorded, thrifty if asked to be.
+
+        Raises:
+            ConfigError: gradient checkpointing is asked for, and the model has no layers for it.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.autocast())
+            if self._recomputes_layers and torch.is_grad_enabled():
+                stack.enter_context(recomputed_layers(model))
+            yield
+
+    def on_cpu(self) -> Precision:
+        """The same precision on a CPU."""
+        other = copy.copy(self)
+        other.device = torch.device("cpu")
+        return other
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Context of a forward pass: matrix products in `compute_dtype`."""
@@ -116,10 +138,32 @@ def _fresh_head(scorer: Any, model: Any) -> nn.Linear:
     return head
 
 
-def causal_lm_from_config(config: PreTrainedConfig) -> PreTrainedModel:
-    """A language model without weights, to count what it would hold."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+def causal_lm_from_config(config: PreTrainedConfig, dtype: str = "float32") -> PreTrainedModel:
+    """A language model without weights, to count what it would hold.
+
+    Raises:
+        ModelError: the architecture has no language model.
+    """
+    return _without_weights(AutoModelForCausalLM, config, dtype)
+
+
+def scorer_from_config(config: PreTrainedConfig, dtype: str = "float32") -> PreTrainedModel:
+    """A model with a head of one label without weights.
+
+    Raises:
+        ModelError: the architecture has no sequence classifier.
+    """
+    labelled = copy.deepcopy(config)
+    labelled.num_labels = 1
+    return _without_weights(AutoModelForSequenceClassification, labelled, dtype)
+
+
+def _without_weights(kind: Any, config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
+    def make() -> Any:
+        with torch.device("meta"):
+            return kind.from_config(config, dtype=getattr(torch, dtype))
+
+    return _attempt(config.name_or_path or config.model_type, make).eval()
 
 
 def require_context(config: PreTrainedConfig, data: DataSettings, source: str) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from gad_fast import _core
+from gad_fast.errors import ConfigError
 from gad_fast.models.batch import Batch, Item, pad, share_prompts
 
 
@@ -16,14 +17,27 @@ def plan(items: Sequence[Item], *, token_budget: int, is_shared: bool) -> list[l
 
     Args:
         items: prompts with their responses, in any order.
-        token_budget: most tokens a batch may hold, padding included; an item over it alone is a
-            batch of its own.
+        token_budget: most tokens a batch may hold, padding included.
         is_shared: whether an item's responses share one row with its prompt.
+
+    Raises:
+        ConfigError: an item alone is over the budget.
     """
     sizes = [_shared_size(item) if is_shared else _padded_size(item) for item in items]
     rows, prompts, responses = np.array(sizes, dtype=np.int64).reshape(-1, 3).T.copy()
+    require_budget(int((rows * (prompts + responses)).max()), token_budget)
     parts = _core.plan_micro_batches(rows, prompts, responses, token_budget=token_budget)
     return [part.tolist() for part in parts]
+
+
+def require_budget(num_tokens: int, token_budget: int) -> None:
+    """Raises ConfigError when a group of so many tokens would not fit a micro-batch."""
+    if num_tokens > token_budget:
+        raise ConfigError(
+            f"batch.tokens_per_micro_batch is {token_budget}, but a group takes {num_tokens} "
+            f"tokens in one pass (set batch.tokens_per_micro_batch = {num_tokens}, or lower "
+            f"data.max_response_tokens or rollout.group_size)"
+        )
 
 
 def _padded_size(item: Item) -> tuple[int, int, int]:

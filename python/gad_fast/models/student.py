@@ -89,7 +89,7 @@ class Student(nn.Module):
         Returns:
             Float32 [T], the responses laid end to end.
         """
-        with self.precision.autocast():
+        with self.precision.forward_pass(self.model):
             if self.head_options is None:
                 logits, labels = self._logits(batch), batch.labels
                 return kernels.token_logprobs(logits, labels, temperature=temperature)
@@ -108,7 +108,7 @@ class Student(nn.Module):
             temperature: that of the rollouts.
             options: of `kernels.policy_loss`.
         """
-        with self.precision.autocast():
+        with self.precision.forward_pass(self.model):
             if self.head_options is not None:
                 return self._head(batch, advantages=advantages, temperature=temperature, **options)
             logits, labels = self._logits(batch), batch.labels

@@ -1,0 +1,160 @@
+"""Does `--dry-run` tell how much memory a run will take?
+
+Short runs in a process each: the most memory that a run added to the process, against the
+estimate. glibc's malloc is told to give large blocks back, as an allocator of a GPU does; left to
+itself it keeps up to as much again of what was freed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Generator
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from gad_fast import Recipe
+from gad_fast.run.display import Display
+from gad_fast.text import TextCodec
+from gad_fast.training import load_inputs, train
+
+ADAPTERS = {"lora": {"rank": 16}}
+CASES: dict[str, dict[str, Any]] = {
+    "all weights, float32": {},
+    "all weights, bfloat16 products": {"hardware": {"compute_dtype": "bfloat16"}},
+    "layers recomputed": {"hardware": {"gradient_checkpointing": True}},
+    "8-bit moments": {"optimizer": {"name": "adamw_8bit"}},
+    "no reference": {"game": {"kl_coef": 0.0}},
+    "adapters": ADAPTERS,
+    "adapters on bfloat16 weights": ADAPTERS
+    | {"student": {"dtype": "bfloat16"}, "hardware": {"compute_dtype": "bfloat16"}},
+    "adapters, layers recomputed": ADAPTERS | {"hardware": {"gradient_checkpointing": True}},
+}
+PROMPT_TOKENS, RESPONSE_TOKENS, GROUP_SIZE = 128, 96, 4
+
+
+def recipe_of(model: str, case: str, tokens: int, folder: Path) -> Recipe:
+    """A short game whose groups are as long as they may be."""
+    codec = TextCodec.from_pretrained(model)
+    chat: Any = [{"role": "user", "content": "10"}]
+    num_words = PROMPT_TOKENS - len(codec.encode_chats([chat], add_generation_prompt=True)[0])
+    rows = [
+        {"prompt": f"{10 + index}" + " the" * num_words, "teacher_response": " the" * 200}
+        for index in range(20)
+    ]
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rate = {"peak": 1e-6}
+    values: dict[str, Any] = {
+        "name": case,
+        "output": folder / "run",
+        "student": {"model": model},
+        "data": {
+            "train": str(data),
+            "max_prompt_tokens": PROMPT_TOKENS,
+            "max_response_tokens": RESPONSE_TOKENS,
+            "max_validation_prompts": 2,
+        },
+        # So hot that no rollout ends before the limit.
+        "rollout": {"group_size": GROUP_SIZE, "temperature": 20.0},
+        "batch": {"prompts_per_step": 2, "tokens_per_micro_batch": tokens},
+        "warmup": {"steps": 1, "discriminator_only_steps": 1, "discriminator": rate},
+        "game": {"steps": 2, "student": rate, "discriminator": rate},
+        "hardware": {"device": "cpu", "compute_dtype": "float32"},
+    }
+    for section, settings in CASES[case].items():
+        values[section] = {**values.get(section, {}), **settings}
+    return Recipe.from_values(values)
+
+
+def measure(model: str, case: str, tokens: int) -> dict[str, float]:
+    """Estimate and measurement in this process, in GiB."""
+    with tempfile.TemporaryDirectory() as name, Path("/dev/null").open("w") as screen:
+        recipe = recipe_of(model, case, tokens, Path(name))
+        estimate = load_inputs(recipe).plan.memory_gib
+        with peak_of_data() as peak:
+            train(recipe, display=Display(Console(file=screen)))
+    return {"estimate": sum(estimate.values()), "measured": peak[0], **estimate}
+
+
+@contextlib.contextmanager
+def peak_of_data() -> Generator[list[float]]:
+    """GiB by which the memory of this process grew at most, without code and mapped files."""
+    before, peak, is_over = _data_gib(), [0.0], threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(0.005):
+            peak[0] = max(peak[0], _data_gib() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        is_over.set()
+        watcher.join()
+
+
+def _data_gib() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 2**20
+
+
+def in_a_process(words: list[str]) -> dict[str, float]:
+    """What this program prints, given words, with large blocks given back."""
+    done = subprocess.run(
+        [sys.executable, __file__, *words],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Print a line a case; write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="folder of the student")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[700, 1300])
+    parser.add_argument("--only", choices=CASES, nargs="+", default=list(CASES))
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--child", action="store_true", help="measure one case, here")
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(measure(arguments.model, arguments.only[0], arguments.tokens[0])))
+        return
+    results = []
+    for tokens in arguments.tokens:
+        for case in arguments.only:
+            words = [arguments.model, "--child", "--tokens", str(tokens), "--only", case]
+            result = in_a_process(words)
+            ratio = result["estimate"] / result["measured"]
+            results.append({"case": case, "tokens": tokens, "ratio": ratio, **result})
+            print(
+                f"{case:32} {tokens:5} tokens  estimate {result['estimate']:.2f} GiB  "
+                f"measured {result['measured']:.2f} GiB  ratio {ratio:.2f}",
+                flush=True,
+            )
+    if arguments.output:
+        record = {
+            "model": Path(arguments.model).name,
+            "date": datetime.now(UTC).date().isoformat(),
+            "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+            "results": results,
+        }
+        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

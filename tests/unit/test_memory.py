@@ -1,0 +1,65 @@
+"""The estimate of memory: what adds to it, and models that cannot play."""
+
+import math
+
+import pytest
+from transformers import CohereConfig, Qwen3MoeConfig, T5Config
+
+import tiny
+from gad_fast.config import HardwareSettings
+from gad_fast.errors import ModelError
+from gad_fast.game.memory import memory_gib
+from gad_fast.models.loading import Precision, load_config
+
+GIB = 2**30
+
+
+def estimate(folder, *, recomputes=False, **sections):
+    recipe = tiny.recipe(folder, **sections)
+    hardware = HardwareSettings(
+        device="cpu", compute_dtype="float32", gradient_checkpointing=recomputes
+    )
+    return memory_gib(recipe, load_config(recipe.student.model), Precision(hardware))
+
+
+def test_what_stays_is_weights_and_two_moments_of_each_player(tmp_path):
+    parts = estimate(tmp_path)
+    num_weights = tiny.save_student(tmp_path / "student").num_parameters()
+    assert parts["student"] * GIB == 3 * 4 * num_weights
+    assert parts["reference"] * GIB == 4 * num_weights
+    assert "reference" not in estimate(tmp_path, game={"kl_coef": 0.0})
+
+
+def test_adapters_share_the_weights_and_have_the_only_moments(tmp_path):
+    full, adapters = estimate(tmp_path), estimate(tmp_path, lora={"rank": 1})
+    weights = full["student"] / 3
+    # Rank 1 of the two layers' linear maps: a row and a column each.
+    num_adapter = 2 * (2 * 16 + 2 * (16 + 8) + 2 * 16 + 3 * (16 + 24)) * 1
+    assert math.isclose(adapters["student"] * GIB, weights * GIB + 3 * 4 * num_adapter)
+    assert math.isclose(adapters["reference"] * GIB, 4 * num_adapter)
+
+
+def test_recomputed_layers_hold_less_in_a_pass(tmp_path):
+    tiny.save_student(tmp_path / "student", num_hidden_layers=8)
+    held = [
+        estimate(tmp_path, recomputes=recomputes)["activations and logits"]
+        for recomputes in (False, True)
+    ]
+    assert held[1] < 0.5 * held[0]
+
+
+@pytest.mark.parametrize("config", [T5Config(), CohereConfig()], ids=["no head", "no classifier"])
+def test_an_architecture_that_cannot_play_is_told_before_anything_is_loaded(tmp_path, config):
+    precision = Precision(HardwareSettings(device="cpu"))
+    with pytest.raises(ModelError, match="cannot load a model from .*: Unrecognized config"):
+        memory_gib(tiny.recipe(tmp_path), config, precision)
+
+
+def test_what_a_trial_cannot_tell_is_said_to_be_unknown(tmp_path):
+    experts = Qwen3MoeConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=24, moe_intermediate_size=8,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    parts = memory_gib(tiny.recipe(tmp_path), experts, Precision(HardwareSettings(device="cpu")))
+    assert math.isnan(parts["activations and logits"])
+    assert parts["student"] > 0
