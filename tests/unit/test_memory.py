@@ -51,7 +51,7 @@ def test_recomputed_layers_hold_less_in_a_pass(tmp_path):
 @pytest.mark.parametrize("config", [T5Config(), CohereConfig()], ids=["no head", "no classifier"])
 def test_an_architecture_that_cannot_play_is_told_before_anything_is_loaded(tmp_path, config):
     precision = Precision(HardwareSettings(device="cpu"))
-    with pytest.raises(ModelError, match="cannot load a model from .*: Unrecognized config"):
+    with pytest.raises(ModelError, match=r"cannot load a model from .*: Unrecognized config"):
         memory_gib(tiny.recipe(tmp_path), config, precision)
 
 
