@@ -18,7 +18,7 @@ import tiny
 from gad_fast import Recipe, train
 from gad_fast.errors import CheckpointError, HealthError, Interrupted, RunFolderError
 from gad_fast.game.loop import Step
-from gad_fast.rollout.reference import ReferenceEngine
+from gad_fast.rollout.static.engine import StaticEngine
 from gad_fast.run import checkpoint, complete
 from gad_fast.run.display import Display
 from gad_fast.run.recorder import Recorder
@@ -107,13 +107,13 @@ def test_rollouts_that_were_sampled_are_not_sampled_again(
     broken = recipe(tmp_path, "broken")
     cut_off(monkeypatch, broken, Step, "train_student", 2)
     generated: list[int] = []
-    generate = ReferenceEngine.generate
+    generate = StaticEngine.generate
 
-    def counting(self: ReferenceEngine, requests: Any) -> Any:
+    def counting(self: StaticEngine, requests: Any) -> Any:
         generated.append(requests[0].n)
         return generate(self, requests)
 
-    monkeypatch.setattr(ReferenceEngine, "generate", counting)
+    monkeypatch.setattr(StaticEngine, "generate", counting)
     train(broken)
     # n is 3 in a step; the checks at the start and the validation sample one a prompt.
     assert generated.count(3) == 1

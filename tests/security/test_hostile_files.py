@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import tiny
-from gad_fast import data, train
+from gad_fast import train
+from gad_fast.data import reading
 from gad_fast.errors import CheckpointError, DataError, GadFastError, Interrupted, ModelError
 from gad_fast.game.loop import Step
 from gad_fast.run.complete import COMPLETE, problem
@@ -163,7 +164,7 @@ def test_a_line_without_end_is_refused_before_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny.recipe(tmp_path)
-    monkeypatch.setattr(data, "MAX_ROW_BYTES", 3 << 20)
+    monkeypatch.setattr(reading, "MAX_ROW_BYTES", 3 << 20)
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write('{"prompt": "' + "a" * (4 << 20))
     with pytest.raises(DataError, match=r"line 25 of .*rows.jsonl is over 3 MiB"):
@@ -175,7 +176,7 @@ def test_a_row_of_parquet_is_limited_as_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str
 ) -> None:
     """Compressed, such a row is a few hundred bytes on the disk."""
-    monkeypatch.setattr(data, "MAX_ROW_BYTES", 3 << 20)
+    monkeypatch.setattr(reading, "MAX_ROW_BYTES", 3 << 20)
     rows = tiny.rows()
     rows[4][column] = "a " * (2 << 20)
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet", compression="zstd")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 
@@ -44,6 +45,9 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; exits with 0 done, 1 our mistake, 2 the user's, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    # Where it is installed, peft imports it, and every user without a GPU is told that products of
+    # 4-bit weights are slow. No weights here have 4 bits.
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
     try:
         _dispatch(words)
     except GadFastError as error:
