@@ -341,3 +341,18 @@ def test_an_alarm_that_stops_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -
     assert (lines[-1]["stage"], lines[-1]["alarm"]) == ("health", "truncation")
     warn = {"truncation": {"threshold": 0.0, "window": 2, "action": "warn"}}
     assert train(recipe(tmp_path, "run", health=warn)).steps == 6
+
+
+def test_eight_bit_moments_and_recomputed_layers_go_on_as_well(tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    # Wide enough for weights whose moments are kept in bytes.
+    tiny.save_student(tmp_path / "student", hidden_size=64, intermediate_size=96)
+    sections = {
+        "optimizer": {"name": "adamw_8bit"},
+        "hardware": {"gradient_checkpointing": True},
+    }
+    expected = outcome_of_unbroken(tmp_path, **sections)
+    broken = recipe(tmp_path, "broken", **sections)
+    cut_off(monkeypatch, broken, Step, "train_discriminator", 6)
+    go_on(broken)
+    crash.assert_same(crash.outcome(tmp_path / "broken"), expected)

@@ -51,8 +51,10 @@ class PlayerOptimizer:
         return self._num_updates
 
     def state_dict(self) -> dict[str, Any]:
-        """The moments, as `torch.optim` gives them."""
-        return self._adamw.state_dict()
+        """The moments: tensors and numbers by name, for each parameter."""
+        state = self._adamw.state_dict()
+        entries = {index: _flat(entry) for index, entry in state["state"].items()}
+        return {**state, "state": entries}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over the moments that `state_dict` gave."""
@@ -119,6 +121,16 @@ def _adamw(parameters: list[nn.Parameter], settings: OptimizerSettings) -> torch
             return _bitsandbytes().AdamW8bit(parameters, **options)
         case "paged_adamw_8bit":
             return _bitsandbytes().PagedAdamW8bit(parameters, **options)
+
+
+def _flat(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry without the dictionary that bitsandbytes hides its tensors in; it loads without."""
+    flat: dict[str, Any] = {}
+    for name, value in entry.items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    # All parameters share the tables of what a byte stands for, and safetensors refuses to.
+    tables = {name: value.clone() for name, value in flat.items() if name.startswith("qmap")}
+    return flat | tables
 
 
 def _bitsandbytes() -> Any:
