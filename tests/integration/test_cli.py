@@ -1,5 +1,7 @@
 """The command as a user types it: exit codes, one clear line, nothing half-written."""
 
+import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -12,6 +14,7 @@ import pytest
 from tokenizers import Tokenizer
 
 import tiny
+from gad_fast.cli.main import main
 
 COMMAND = [sys.executable, "-c", "from gad_fast.cli.main import main; main()"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -36,14 +39,30 @@ def write_recipe(folder: Path, **sections: Any) -> Path:
     return path
 
 
-def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
+Result = subprocess.CompletedProcess[str]
+
+
+def run_apart(*words: str | Path) -> Result:
+    """In a process of its own, as from a shell."""
     command = [*COMMAND, *map(str, words)]
     return subprocess.run(
         command, capture_output=True, text=True, env=ENVIRONMENT, timeout=100, check=False
     )
 
 
-def assert_user_error(result: subprocess.CompletedProcess[str], message: str) -> None:
+def run(*words: str | Path) -> Result:
+    """In this process: a new one imports torch for seconds."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main([str(word) for word in words])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+            return Result(words, code, out.getvalue(), err.getvalue())
+    raise AssertionError("main always exits")
+
+
+def assert_user_error(result: Result, message: str) -> None:
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
     assert "Traceback" not in result.stderr
@@ -53,7 +72,7 @@ def assert_user_error(result: subprocess.CompletedProcess[str], message: str) ->
 
 def test_help_is_quick_and_names_the_commands() -> None:
     started = time.perf_counter()
-    result = run("--help")
+    result = run_apart("--help")
     assert time.perf_counter() - started < 3  # 0.2 s on a quiet machine
     assert result.returncode == 0
     assert "train RECIPE.toml" in result.stdout
@@ -61,7 +80,7 @@ def test_help_is_quick_and_names_the_commands() -> None:
 
 
 def test_train_distils_and_says_where_the_result_is(tmp_path: Path) -> None:
-    result = run("train", write_recipe(tmp_path), "--game.steps", "2", "--seed", "3")
+    result = run_apart("train", write_recipe(tmp_path), "--game.steps", "2", "--seed", "3")
     assert result.returncode == 0, result.stderr
     assert "game 2/2" in result.stdout
     assert "validation" in result.stdout
@@ -93,15 +112,20 @@ def test_a_dry_run_prints_recipe_and_sizes_and_writes_nothing(tmp_path: Path) ->
         ({"data": {"train": "nowhere.jsonl"}}, "data file nowhere.jsonl is not there"),
         ({"data": {"max_prompt_tokens": 2}}, "all 22 prompts are over data.max_prompt_tokens"),
         ({"data": {"max_prompt_tokens": 60}}, "is 66, but"),
-        ({"student": {"model": "no/such-model"}}, "cannot load a model from no/such-model"),
         ({"batch": {"prompts_per_step": 500}}, "batch.prompts_per_step is 500, but only"),
-        ({"discriminator": {"model": "no/such-model"}}, "cannot load a model from no/such-model"),
     ],
 )
 def test_a_mistake_in_the_recipe_is_one_line_and_exit_2(
     tmp_path: Path, sections: dict[str, Any], message: str
 ) -> None:
     assert_user_error(run("train", write_recipe(tmp_path, **sections)), message)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("player", ["student", "discriminator"])
+def test_a_model_that_is_nowhere_is_one_line_and_exit_2(tmp_path: Path, player: str) -> None:
+    recipe = write_recipe(tmp_path, **{player: {"model": "no/such-model"}})
+    assert_user_error(run_apart("train", recipe), "cannot load a model from no/such-model")
     assert not (tmp_path / "run").exists()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -41,8 +40,6 @@ def train(words: list[str]) -> None:
     if {"--resume", "--fresh"} <= switches:
         raise ConfigError("--resume goes on with a run, --fresh never does: give one of them")
     recipe = Recipe.from_toml(path, overrides=overrides([f for f in flags if f not in switches]))
-    # peft imports bitsandbytes where that is installed, which warns of kernels not used here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Imported here: torch takes seconds, and neither help nor a mistaken recipe needs it.
     from gad_fast import training
 
