@@ -57,9 +57,15 @@ def test_an_architecture_that_cannot_play_is_told_before_anything_is_loaded(tmp_
 
 def test_what_a_trial_cannot_tell_is_said_to_be_unknown(tmp_path):
     experts = Qwen3MoeConfig(
-        vocab_size=31, hidden_size=16, intermediate_size=24, moe_intermediate_size=8,
-        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-    )  # fmt: skip
+        vocab_size=31,
+        hidden_size=16,
+        intermediate_size=24,
+        moe_intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,  # pyright: ignore[reportCallIssue]
+    )
     parts = memory_gib(tiny.recipe(tmp_path), experts, Precision(HardwareSettings(device="cpu")))
     assert math.isnan(parts["activations and logits"])
     assert parts["student"] > 0
