@@ -22,6 +22,7 @@ def values(folder: Path, name: str, student: Path, **sections: Any) -> dict[str,
         "data": {
             "train": str(folder / "train.jsonl"),
             "validation": str(folder / "validation.jsonl"),
+            "keep_duplicates": True,  # how often a sentence comes is what is to be learned
             **LIMITS,
         },
         "rollout": {"group_size": 8, "temperature": 1.0},

@@ -47,6 +47,7 @@ def test_rollouts_that_do_not_end_are_told(tmp_path: Path) -> None:
 def test_loops_and_groups_without_variance_are_told(tmp_path: Path) -> None:
     """At a temperature near 0 a random student loops, and always in the same way."""
     sections = {"rollout": SHARP, "data": {"max_response_tokens": 24}}
+    sections["batch"] = {"tokens_per_micro_batch": 240}
     windows = {"repetition": {"window": 2}, "zero_variance": {"window": 2}}
     found = alarms(tmp_path, **sections, health=windows)
     assert found["repetition"]["value"] > 0.3

@@ -191,3 +191,13 @@ def test_ids_are_packed_as_int32(codec: TextCodec) -> None:
     assert batch.ids.dtype == np.int32
     assert batch.offsets.tolist() == [0, 2, 2, 3]
     assert codec.decode_batch(batch) == ["red sun", "", "sea"]
+
+
+def test_repeats_are_left_out_and_counted_unless_they_are_weights(tmp_path: Path) -> None:
+    tiny.save_student(tmp_path / "student")
+    codec = TextCodec.from_pretrained(tmp_path / "student")
+    path = tiny.write_rows(tmp_path / "rows.jsonl", tiny.rows(12) * 3)
+    for keep, (num_left, num_out) in {False: (12, 24), True: (36, 0)}.items():
+        prompts = load_prompt_set(DataSettings(train=str(path), keep_duplicates=keep), codec)
+        assert len(prompts.train) + len(prompts.validation) == num_left
+        assert prompts.num_duplicates == num_out

@@ -42,9 +42,11 @@ class DataSettings(Settings):
     near_duplicate_similarity: float = Field(default=0.8, gt=0, le=1)
     """Training prompts whose word triples have this Jaccard index with a validation prompt's are
     reported as near-duplicates; they are kept."""
-
     steps_ahead: int = Field(default=4, ge=1)
     """With `teacher = "collect:..."`, responses are asked for so many steps before their use."""
+    keep_duplicates: bool = False
+    """Keep rows that repeat both a prompt and its response; by default they are left out and
+    counted. True where the rows are draws from a distribution, whose repeats are its weights."""
 
     @model_validator(mode="after")
     def _has_prompts(self) -> Self:

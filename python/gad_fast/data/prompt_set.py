@@ -63,7 +63,8 @@ def load_prompt_set(settings: DataSettings, codec: TextCodec) -> PromptSet:
         CacheError: the cache cannot be read.
     """
     source = _read(settings.train, settings)
-    rows = without_duplicates(source.examples)
+    examples = source.examples
+    rows = examples if settings.keep_duplicates else without_duplicates(examples)
     if settings.validation is not None:
         train, validation = rows, _read(settings.validation, settings).examples
     else:
@@ -77,7 +78,7 @@ def load_prompt_set(settings: DataSettings, codec: TextCodec) -> PromptSet:
         train=encoded_train,
         validation=encoded_validation[: settings.max_validation_prompts],
         num_overlong=num_rows - len(encoded_train) - len(encoded_validation),
-        num_duplicates=len(source.examples) - len(rows),
+        num_duplicates=len(examples) - len(rows),
         num_flagged=source.num_flagged,
         num_unanswered=source.num_unanswered,
         num_near_duplicates=count_near_duplicates(
