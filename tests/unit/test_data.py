@@ -198,6 +198,12 @@ def test_repeats_are_left_out_and_counted_unless_they_are_weights(tmp_path: Path
     codec = TextCodec.from_pretrained(tmp_path / "student")
     path = tiny.write_rows(tmp_path / "rows.jsonl", tiny.rows(12) * 3)
     for keep, (num_left, num_out) in {False: (12, 24), True: (36, 0)}.items():
-        prompts = load_prompt_set(DataSettings(train=str(path), keep_duplicates=keep), codec)
+        settings = DataSettings(
+            train=str(path),
+            validation_fraction=0.3,
+            keep_duplicates=keep,
+            max_validation_prompts=99,
+        )
+        prompts = load_prompt_set(settings, codec)
         assert len(prompts.train) + len(prompts.validation) == num_left
         assert prompts.num_duplicates == num_out
