@@ -15,18 +15,14 @@ import torch
 from transformers import ContinuousBatchingConfig, PreTrainedModel
 
 from gad_fast.errors import EngineError
-from gad_fast.models.loading import Precision
 from gad_fast.records import Ids, Logprobs
-from gad_fast.rollout.endings import Endings
 from gad_fast.rollout.engine import (
-    Capacity,
     EngineCaps,
     GenOutput,
     GenRequest,
     Sampling,
-    SyncReport,
-    WeightSource,
 )
+from gad_fast.rollout.in_process import InProcessEngine
 from gad_fast.rollout.reference import generation_config, without_defaults
 from gad_fast.rollout.requests import in_a_line, shared_sampling
 from gad_fast.rollout.streams import stream_key
@@ -41,7 +37,7 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _COARSE = 0.3
 
 
-class ContinuousEngine:
+class ContinuousEngine(InProcessEngine):
     """Samples with transformers' `generate_batch`, whose manager lives for one call.
 
     A manager that outlived an update would answer from blocks of the old weights. Rollouts repeat
@@ -49,13 +45,6 @@ class ContinuousEngine:
     """
 
     caps = EngineCaps(logprobs=True, in_place=True)
-
-    def __init__(
-        self, model: PreTrainedModel, precision: Precision, *, endings: Endings, capacity: Capacity
-    ) -> None:
-        self._model, self._precision = model, precision
-        self._endings, self._capacity = endings, capacity
-        self._weight_version = 0
 
     def start(self) -> None:
         """Raises EngineError when a short answer fails, or its log-probabilities are wrong."""
@@ -97,18 +86,6 @@ class ContinuousEngine:
             raise
         except (RuntimeError, ValueError, AttributeError, TypeError, NotImplementedError) as error:
             raise EngineError(f"continuous batching failed: {in_a_line(error)}") from error
-
-    def sync_weights(self, source: WeightSource, version: int) -> SyncReport:
-        """Notes the version: the engine samples from the trainer's own weights."""
-        del source
-        self._weight_version = version
-        return SyncReport(version, num_tensors=0, seconds=0.0)
-
-    def health(self) -> None:
-        """Always well: it lives in this process."""
-
-    def close(self) -> None:
-        """Nothing to free: the cache lives as long as a call of `generate`."""
 
     @contextlib.contextmanager
     def _manager(self, requests: Sequence[GenRequest], sampling: Sampling) -> Generator[Any]:

@@ -15,23 +15,19 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from gad_fast.errors import EngineError
-from gad_fast.models.loading import Precision
 from gad_fast.records import Ids
-from gad_fast.rollout.endings import Endings
 from gad_fast.rollout.engine import (
-    Capacity,
     EngineCaps,
     GenOutput,
     GenRequest,
     Sampling,
-    SyncReport,
-    WeightSource,
 )
+from gad_fast.rollout.in_process import InProcessEngine
 from gad_fast.rollout.requests import in_a_line, shared_sampling
 from gad_fast.rollout.streams import stream_key
 
 
-class ReferenceEngine:
+class ReferenceEngine(InProcessEngine):
     """Samples with `generate`, at most `max_sequences` rollouts at once.
 
     `generate` has one random stream for a whole batch: rollouts repeat for the same requests with
@@ -39,13 +35,6 @@ class ReferenceEngine:
     """
 
     caps = EngineCaps(logprobs=False, in_place=True)
-
-    def __init__(
-        self, model: PreTrainedModel, precision: Precision, *, endings: Endings, capacity: Capacity
-    ) -> None:
-        self._model, self._precision = model, precision
-        self._endings, self._capacity = endings, capacity
-        self._weight_version = 0
 
     def start(self) -> None:
         """Nothing to do: the weights are there."""
@@ -61,18 +50,6 @@ class ReferenceEngine:
         size = self._capacity.rows(longest)
         for start in range(0, len(rows), size):
             yield from self._generate_batch(rows[start : start + size], sampling)
-
-    def sync_weights(self, source: WeightSource, version: int) -> SyncReport:
-        """Notes the version: the engine samples from the trainer's own weights."""
-        del source
-        self._weight_version = version
-        return SyncReport(version, num_tensors=0, seconds=0.0)
-
-    def health(self) -> None:
-        """Always well: it lives in this process."""
-
-    def close(self) -> None:
-        """Nothing to free."""
 
     def _generate_batch(
         self, rows: Sequence[tuple[GenRequest, int]], sampling: Sampling

@@ -8,22 +8,17 @@ from collections.abc import Generator, Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from gad_fast.errors import EngineError
-from gad_fast.models.loading import Precision
 from gad_fast.records import Logprobs, Response
-from gad_fast.rollout.endings import Endings
 from gad_fast.rollout.engine import (
-    Capacity,
     EngineCaps,
     FinishReason,
     GenOutput,
     GenRequest,
     Sampling,
-    SyncReport,
-    WeightSource,
 )
+from gad_fast.rollout.in_process import InProcessEngine
 from gad_fast.rollout.requests import in_a_line, shared_sampling
 from gad_fast.rollout.static.cache import RowCache, require_memory
 from gad_fast.rollout.static.decoder import Decoder
@@ -33,7 +28,7 @@ from gad_fast.rollout.static.support import cache_like, require_rows
 from gad_fast.rollout.streams import uniforms
 
 
-class StaticEngine:
+class StaticEngine(InProcessEngine):
     """Samples a token of every row at a time; rows of finished rollouts go to waiting ones.
 
     A rollout depends on its request, its number and its seed alone, up to roundings of the matrix
@@ -42,13 +37,6 @@ class StaticEngine:
     """
 
     caps = EngineCaps(logprobs=True, in_place=True)
-
-    def __init__(
-        self, model: PreTrainedModel, precision: Precision, *, endings: Endings, capacity: Capacity
-    ) -> None:
-        self._model, self._precision = model, precision
-        self._endings, self._capacity = endings, capacity
-        self._weight_version = 0
 
     def start(self) -> None:
         """Raises EngineError when the model's cache cannot be kept in rows."""
@@ -77,18 +65,6 @@ class StaticEngine:
             while outputs := self._until_some_finish(scheduler, decoder, sampling):
                 with torch.autocast(self._precision.device.type, enabled=False):
                     yield from outputs
-
-    def sync_weights(self, source: WeightSource, version: int) -> SyncReport:
-        """Notes the version: the engine samples from the trainer's own weights."""
-        del source
-        self._weight_version = version
-        return SyncReport(version, num_tensors=0, seconds=0.0)
-
-    def health(self) -> None:
-        """Always well: it lives in this process."""
-
-    def close(self) -> None:
-        """Nothing to free: the cache lives as long as a call of `generate`."""
 
     def _rollouts(self, requests: Sequence[GenRequest]) -> list[Rollout]:
         return [
