@@ -121,7 +121,7 @@ def token_mean(case: dict[str, Tensor]) -> Tensor:
     return case["mask"].double() / case["mask"].sum()
 
 
-def check_against_reference(
+def assert_matches_reference(
     case: dict[str, Tensor], objective: dict[str, Any], backend: Backend, **scaling: Any
 ) -> None:
     expected_loss, expected_grad = truth(case, objective, token_mean(case), **scaling)
@@ -141,7 +141,7 @@ def test_loss_and_gradient_match_the_reference(backend, dtype, objective, is_on_
     case = tokens(7, 257, dtype)
     if is_on_policy:
         del case["old_logp"]
-    check_against_reference(case, objective, backend)
+    assert_matches_reference(case, objective, backend)
 
 
 @pytest.mark.parametrize("T", [1, 7])
@@ -149,7 +149,7 @@ def test_loss_and_gradient_match_the_reference(backend, dtype, objective, is_on_
 @each_dtype
 @each_backend
 def test_every_length_of_row_matches_the_reference(backend, dtype, V, T):
-    check_against_reference(tokens(T, V, dtype), OBJECTIVES[-1], backend)
+    assert_matches_reference(tokens(T, V, dtype), OBJECTIVES[-1], backend)
 
 
 @each_dtype
@@ -161,7 +161,7 @@ def test_scaled_and_capped_logits_match_the_reference(backend, dtype):
     logp, _ = token_logprobs_reference(case["logits"].double(), case["labels"], **scaling)
     case["old_logp"] = logp + torch.linspace(-0.5, 0.5, 7, device=DEVICE)
     case["ref_logp"] = logp - 0.2
-    check_against_reference(case, OBJECTIVES[-1], backend, **scaling)
+    assert_matches_reference(case, OBJECTIVES[-1], backend, **scaling)
 
 
 @needs_triton
@@ -170,7 +170,7 @@ def test_shipped_blocks_match_the_reference(dtype, monkeypatch):
     monkeypatch.undo()
     # Two whole blocks and one column.
     case = tokens(2, 2 * 8192 + 1, dtype)
-    check_against_reference(case, OBJECTIVES[-1], "triton")
+    assert_matches_reference(case, OBJECTIVES[-1], "triton")
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)

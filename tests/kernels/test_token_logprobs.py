@@ -63,7 +63,7 @@ def differentiate(
     return logprobs.detach(), entropy.detach(), grad_logits
 
 
-def check_against_reference(
+def assert_matches_reference(
     logits: Tensor, labels: Tensor, backend: Backend, used: str = "both", **options
 ) -> None:
     options = {"temperature": TEMPERATURE, **options}
@@ -95,7 +95,7 @@ def check_against_reference(
 @each_dtype
 @each_backend
 def test_values_and_gradients_match_the_reference(backend, dtype, V, T, used):
-    check_against_reference(*peaked(T, V, dtype), backend, used)
+    assert_matches_reference(*peaked(T, V, dtype), backend, used)
 
 
 SCALINGS = [
@@ -112,7 +112,7 @@ SCALINGS = [
 def test_scaled_and_capped_logits_match_the_reference(backend, dtype, scaling, is_temperature_each):
     each = torch.linspace(0.6, 1.4, 5, device=DEVICE)
     temperature = each if is_temperature_each else TEMPERATURE
-    check_against_reference(*peaked(5, 257, dtype), backend, temperature=temperature, **scaling)
+    assert_matches_reference(*peaked(5, 257, dtype), backend, temperature=temperature, **scaling)
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
@@ -121,7 +121,7 @@ def test_scaled_and_capped_logits_match_the_reference(backend, dtype, scaling, i
 def test_shipped_blocks_match_the_reference(dtype, softcap, monkeypatch):
     monkeypatch.undo()
     # Two whole forward blocks and one column.
-    check_against_reference(*peaked(2, 2 * 8192 + 1, dtype), "triton", softcap=softcap)
+    assert_matches_reference(*peaked(2, 2 * 8192 + 1, dtype), "triton", softcap=softcap)
 
 
 def test_reference_passes_gradcheck():
@@ -158,7 +158,7 @@ def test_strided_logits_match_the_reference(backend, layout):
     else:
         logits, labels = logits[:1].expand(5, -1), labels[:1].expand(5)
     assert not logits.is_contiguous()
-    check_against_reference(logits, labels, backend)
+    assert_matches_reference(logits, labels, backend)
 
 
 @each_backend
@@ -176,7 +176,9 @@ def test_results_have_the_shape_of_the_labels(backend, shape):
 @each_backend
 def test_shifted_batch_matches_the_reference(backend):
     logits, labels = peaked(6, 257)
-    check_against_reference(logits.reshape(2, 3, 257)[:, :-1], labels.reshape(2, 3)[:, 1:], backend)
+    assert_matches_reference(
+        logits.reshape(2, 3, 257)[:, :-1], labels.reshape(2, 3)[:, 1:], backend
+    )
 
 
 @each_backend
@@ -224,7 +226,7 @@ def test_extreme_logits_match_the_reference(backend, case):
         # The first block of a row, so that the running maximum meets nothing finite at first.
         logits[:, :128] = -torch.inf
         labels[:] = 784
-    check_against_reference(logits, labels, backend)
+    assert_matches_reference(logits, labels, backend)
 
 
 @each_backend
