@@ -52,7 +52,12 @@ class ContinuousEngine(InProcessEngine):
         embeddings: Any = self._model.get_input_embeddings()
         random = np.random.default_rng(0)
         prompt = random.integers(embeddings.num_embeddings, size=6).astype(np.int32)
-        (output,) = self.generate([GenRequest(0, prompt, 1, Sampling(0.0, 5), seed=0)])
+        try:
+            (output,) = self.generate([GenRequest(0, prompt, 1, Sampling(0.0, 5), seed=0)])
+        except (ValueError, AttributeError, TypeError, NotImplementedError) as error:
+            # How transformers says no depends on what the model lacks; after a start that went
+            # well these are mistakes, and keep their traceback.
+            raise EngineError(f"continuous batching failed: {in_a_line(error)}") from error
         expected = self._dense_logprobs(prompt, output)
         assert output.logprobs is not None
         gap = np.abs(expected - output.logprobs).max()
@@ -84,7 +89,7 @@ class ContinuousEngine(InProcessEngine):
                     yield self._output(result, *by_name[result.request_id])
         except EngineError:
             raise
-        except (RuntimeError, ValueError, AttributeError, TypeError, NotImplementedError) as error:
+        except RuntimeError as error:
             raise EngineError(f"continuous batching failed: {in_a_line(error)}") from error
 
     @contextlib.contextmanager
