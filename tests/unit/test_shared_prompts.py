@@ -72,11 +72,15 @@ def items() -> list[Item]:
     ]
 
 
+def layouts(items: list[Item]) -> tuple[Any, Any]:
+    return share_prompts(items, device=CPU), pad(items, pad_id=0, device=CPU)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_equal_those_of_separate_rows(name):
     model = model_of(CONFIGS[name])
     assert can_share_prompts(model, max_tokens=20)
-    shared, padded = (f(items(), pad_id=0, device=CPU) for f in (share_prompts, pad))
+    shared, padded = layouts(items())
     assert torch.equal(shared.labels, padded.labels)
     assert torch.equal(shared.lengths, padded.lengths)
     with torch.no_grad():
@@ -120,10 +124,35 @@ def test_loss_and_gradients_depend_neither_on_the_layout_nor_on_the_budget(name)
             assert relative_error(actual[1], expected[1]) < 1e-5
 
 
-def test_shared_prompts_take_fewer_tokens():
-    shared, padded = (f(items()[:1], pad_id=0, device=CPU) for f in (share_prompts, pad))
-    assert shared.input_ids.numel() == 5 + 4 + 1 + 6 + 2
-    assert padded.input_ids.numel() == 4 * (5 + 6)
+def test_shared_prompts_take_each_token_once_and_no_padding():
+    shared, padded = layouts(items())
+    assert shared.input_ids.shape == (1, (5 + 4 + 1 + 6 + 2) + (1 + 3) + (8 + 1 + 9))
+    assert padded.input_ids.shape == (7, 8 + 9)
+
+
+def test_no_response_sees_another_one_or_another_group():
+    model = model_of(CONFIGS["llama"])
+    assert can_share_prompts(model, max_tokens=20)
+    batch = share_prompts(items(), device=CPU)
+    embeddings = model.get_input_embeddings()(batch.input_ids).detach().requires_grad_()
+    inputs = {**batch.model_inputs, "inputs_embeds": embeddings}
+    del inputs["input_ids"]
+    hidden = model.base_model(**inputs).last_hidden_state
+    for last, length, prompt in zip(
+        batch.last_index.tolist(), [4, 1, 6, 2, 3, 1, 9], [5, 5, 5, 5, 1, 8, 8], strict=True
+    ):
+        (gradient,) = torch.autograd.grad(hidden[0, last].sum(), embeddings, retain_graph=True)
+        seen = gradient[0].abs().sum(-1).nonzero().flatten().tolist()
+        start = {5: 0, 1: 18, 8: 22}[prompt]
+        own = list(range(last - length + 1, last + 1))
+        assert seen == sorted({*range(start, start + prompt), *own})
+
+
+def test_a_saved_model_does_not_name_the_attention_that_it_was_trained_with(tmp_path):
+    model = model_of(CONFIGS["llama"])
+    assert can_share_prompts(model, max_tokens=20)
+    model.save_pretrained(tmp_path)
+    assert "gad_fast" not in (tmp_path / "config.json").read_text()
 
 
 def test_a_window_that_could_bind_keeps_separate_rows():
@@ -145,7 +174,7 @@ def test_eager_attention_that_adds_its_mask_keeps_separate_rows_or_is_right():
     config._attn_implementation = "eager"
     model = model_of(config)
     if can_share_prompts(model, max_tokens=20):
-        shared, padded = (f(items(), pad_id=0, device=CPU) for f in (share_prompts, pad))
+        shared, padded = layouts(items())
         with torch.no_grad():
             logits = [b.predictors(model(**b.model_inputs).logits) for b in (shared, padded)]
         assert_close(*logits, rtol=1e-9, atol=1e-10)

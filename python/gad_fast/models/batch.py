@@ -1,16 +1,16 @@
 """Groups of a micro-batch laid out for one forward pass, in one of two ways.
 
-`SharedPrompts` has a row for each group, `[prompt][response 1]...[response n]`: the prompt is read
-once, and every response sees the prompt and itself. It is exact for models that take a mask and
-positions as they are given (shared_prompts.py finds out), and costs P + n R tokens a group.
-`PaddedBatch` has a row for each response and repeats the prompt, n (P + R) tokens, for all models.
+`SharedPrompts` lays groups end to end, each as `[prompt][response 1]...[response n]`: the prompt is
+read once, every response sees the prompt and itself, and nothing is padded. It is exact for models
+that take attention and positions as they are given (shared_prompts.py finds out), and costs P + n R
+tokens a group. `PaddedBatch` has a row for each response and repeats the prompt, n (P + R) tokens
+and padding, for all models.
 """
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gad_fast.models.attention import rows_as_mask
 from gad_fast.records import Ids, Response
 
 
@@ -34,7 +35,7 @@ class Batch(ABC):
     """N responses in a forward pass, in the order of the items and of the responses in each."""
 
     input_ids: Tensor
-    """int64 [rows, columns]."""
+    """int64 [rows, columns]; one row where prompts are shared."""
     attention_mask: Tensor
     position_ids: Tensor
     """int64 [rows, columns], counted from the first token of each sequence."""
@@ -96,30 +97,30 @@ class PaddedBatch(Batch):
 
 @dataclass(frozen=True, slots=True)
 class SharedPrompts(Batch):
-    """A row for each group, padded on the right; every response goes on where the prompt ended.
+    """Groups end to end, in one row of T tokens in all; nothing is padded.
 
-    The mask is boolean [B, 1, L, L]: which tokens a token sees. Indices are into flattened rows.
+    The mask says which tokens attend to each other (attention.rows_as_mask).
     """
 
     label_index: Tensor
-    """int64 [T], where the response tokens are."""
+    """int64 [R], where the response tokens are, R of all responses together."""
     predictor_index: Tensor
-    """int64 [T], where the token before each response token is."""
+    """int64 [R], where the token before each response token is."""
     last_index: Tensor
     """int64 [N], where each response ends."""
 
     @property
     def labels(self) -> Tensor:
         """As in `Batch`."""
-        return self.input_ids.flatten()[self.label_index]
+        return self.input_ids[0, self.label_index]
 
     def predictors(self, hidden: Tensor) -> Tensor:
         """As in `Batch`."""
-        return hidden.flatten(0, 1)[self.predictor_index]
+        return hidden[0, self.predictor_index]
 
     def last_tokens(self, hidden: Tensor) -> Tensor:
         """As in `Batch`."""
-        return hidden.flatten(0, 1)[self.last_index]
+        return hidden[0, self.last_index]
 
 
 def pad(items: Sequence[Item], *, pad_id: int, device: torch.device) -> PaddedBatch:
@@ -143,48 +144,61 @@ def pad(items: Sequence[Item], *, pad_id: int, device: torch.device) -> PaddedBa
     )
 
 
-def share_prompts(items: Sequence[Item], *, pad_id: int, device: torch.device) -> SharedPrompts:
-    """Lays out a row for each item, with its prompt once."""
-    widths = [len(item.prompt_ids) + sum(map(len, item.responses)) for item in items]
-    shape = (len(items), max(widths))
-    ids, positions = np.full(shape, pad_id, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    # Padding is a segment of its own: nobody sees it, and it sees itself.
-    segments = np.full(shape, -1, dtype=np.int64)
-    labels: list[NDArray[np.int64]] = []
-    predictors: list[NDArray[np.int64]] = []
-    for row, item in enumerate(items):
-        P, width, first = len(item.prompt_ids), widths[row], row * shape[1]
-        lengths = [len(response) for response in item.responses]
-        starts = np.cumsum([P, *lengths])
-        ids[row, :width] = np.concatenate([item.prompt_ids, *(r.ids for r in item.responses)])
-        positions[row, :width] = np.concatenate(
-            [np.arange(P), *(np.arange(P, P + length) for length in lengths)]
-        )
-        segments[row, :width] = np.repeat(np.arange(1 + len(lengths)), [P, *lengths])
-        columns = [first + np.arange(*ends) for ends in itertools.pairwise(starts)]
-        labels += columns
-        # The first token of a response is predicted by the last of the prompt.
-        predictors += [np.append(first + P - 1, response[:-1]) for response in columns]
+def share_prompts(items: Sequence[Item], *, device: torch.device) -> SharedPrompts:
+    """Lays out the items end to end, each with its prompt once."""
+    ids = [part for item in items for part in (item.prompt_ids, *(r.ids for r in item.responses))]
+    spans = list(_spans(items))
 
-    def on_device(array: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(array).to(device)
+    def on_device(parts: Sequence[NDArray[np.int64]]) -> Tensor:
+        return torch.from_numpy(np.concatenate(parts)).to(device)
 
     return SharedPrompts(
-        input_ids=on_device(ids),
-        attention_mask=_visible(on_device(segments)),
-        position_ids=on_device(positions),
-        lengths=on_device(np.array([len(columns) for columns in labels])),
-        label_index=on_device(np.concatenate(labels)),
-        predictor_index=on_device(np.concatenate(predictors)),
-        last_index=on_device(np.array([columns[-1] for columns in labels])),
+        input_ids=on_device([part.astype(np.int64) for part in ids])[None],
+        attention_mask=rows_as_mask(*(rows.to(device) for rows in _rows(spans))),
+        position_ids=on_device(list(_positions(spans)))[None],
+        lengths=on_device([np.array([len(span.response) for span in spans])]),
+        label_index=on_device([span.response for span in spans]),
+        # The first token of a response is predicted by the last of the prompt.
+        predictor_index=on_device(
+            [np.append(span.prompt[-1], span.response[:-1]) for span in spans]
+        ),
+        last_index=on_device([np.array([span.response[-1] for span in spans])]),
     )
 
 
-def _visible(segments: Tensor) -> Tensor:
-    """Boolean [B, 1, L, L] from segments [B, L]: earlier tokens of the prompt and of one's own."""
-    L = segments.shape[1]
-    order = torch.arange(L, device=segments.device)
-    is_earlier = order[:, None] >= order[None, :]
-    is_own = segments[:, :, None] == segments[:, None, :]
-    is_prompt = (segments == 0)[:, None, :] & (segments >= 0)[:, :, None]
-    return (is_earlier & (is_own | is_prompt))[:, None]
+class _Span(NamedTuple):
+    """Where the tokens of a response, and of its prompt, are among those of all items."""
+
+    prompt: NDArray[np.int64]
+    response: NDArray[np.int64]
+    is_first: bool
+    """Of its prompt."""
+
+
+def _spans(items: Sequence[Item]) -> Iterator[_Span]:
+    end = 0
+    for item in items:
+        prompt = np.arange(end, end := end + len(item.prompt_ids))
+        for index, response in enumerate(item.responses):
+            yield _Span(prompt, np.arange(end, end := end + len(response)), index == 0)
+
+
+def _positions(spans: Sequence[_Span]) -> Iterator[NDArray[np.int64]]:
+    """Of all tokens in their sequences, a piece for each prompt and response."""
+    for prompt, response, is_first in spans:
+        if is_first:
+            yield np.arange(len(prompt))
+        yield np.arange(len(prompt), len(prompt) + len(response))
+
+
+def _rows(spans: Sequence[_Span]) -> tuple[Tensor, Tensor]:
+    """Arguments of `rows_as_mask`."""
+    rows = [np.append(span.prompt, span.response) for span in spans]
+    tokens = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
+    for row, own in zip(tokens, rows, strict=True):
+        row[: len(own)] = own
+    # A prompt is in the rows of all its responses; what attention gives for it is the same in each.
+    _, places = np.unique(np.concatenate(rows), return_index=True)
+    starts = np.cumsum([0, *map(len, rows)])
+    row = np.searchsorted(starts, places, side="right") - 1
+    return torch.from_numpy(tokens), torch.from_numpy(row * tokens.shape[1] + places - starts[row])

@@ -18,13 +18,27 @@ def plan(items: Sequence[Item], *, token_budget: int, is_shared: bool) -> list[l
     Args:
         items: prompts with their responses, in any order.
         token_budget: most tokens a batch may hold, padding included.
-        is_shared: whether an item's responses share one row with its prompt.
+        is_shared: whether an item's responses share its prompt.
 
     Raises:
         ConfigError: an item alone is over the budget.
     """
-    sizes = [_shared_size(item) if is_shared else _padded_size(item) for item in items]
-    rows, prompts, responses = np.array(sizes, dtype=np.int64).reshape(-1, 3).T.copy()
+    planned = _plan_shared if is_shared else _plan_padded
+    return planned(items, token_budget)
+
+
+def _plan_shared(items: Sequence[Item], token_budget: int) -> list[list[int]]:
+    sizes = [len(item.prompt_ids) + sum(map(len, item.responses)) for item in items]
+    require_budget(max(sizes), token_budget)
+    indices, ends = _core.pack_sequences(np.array(sizes, dtype=np.int64), token_budget=token_budget)
+    return [part.tolist() for part in np.split(indices, ends[1:-1])]
+
+
+def _plan_padded(items: Sequence[Item], token_budget: int) -> list[list[int]]:
+    sizes = [
+        (len(item.responses), len(item.prompt_ids), max(map(len, item.responses))) for item in items
+    ]
+    rows, prompts, responses = np.array(sizes, dtype=np.int64).T.copy()
     require_budget(int((rows * (prompts + responses)).max()), token_budget)
     parts = _core.plan_micro_batches(rows, prompts, responses, token_budget=token_budget)
     return [part.tolist() for part in parts]
@@ -40,20 +54,11 @@ def require_budget(num_tokens: int, token_budget: int) -> None:
         )
 
 
-def _padded_size(item: Item) -> tuple[int, int, int]:
-    """Rows, and the columns that must be left for prompts and for responses."""
-    return len(item.responses), len(item.prompt_ids), max(map(len, item.responses))
-
-
-def _shared_size(item: Item) -> tuple[int, int, int]:
-    """Likewise: one row, whose responses start wherever its prompt ends."""
-    return 1, len(item.prompt_ids) + sum(map(len, item.responses)), 0
-
-
 def lay_out(items: Sequence[Item], *, is_shared: bool, pad_id: int, device: torch.device) -> Batch:
     """The items as one batch."""
-    layout = share_prompts if is_shared else pad
-    return layout(items, pad_id=pad_id, device=device)
+    if is_shared:
+        return share_prompts(items, device=device)
+    return pad(items, pad_id=pad_id, device=device)
 
 
 def micro_batches(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from gad_fast.models.attention import use_row_attention
 from gad_fast.models.batch import Batch, Item, pad, share_prompts
 from gad_fast.records import Response
 
@@ -17,25 +18,27 @@ _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 def can_share_prompts(model: PreTrainedModel, *, max_tokens: int | None) -> bool:
-    """Proves it on a small group: layers that keep a state, or make their own mask, fail it.
+    """Proves it on small groups: layers that keep a state, or attend in their own way, fail it.
+
+    A model whose attention can be replaced by one over rows has it from now on.
 
     Args:
         model: a language model or a scorer.
         max_tokens: most tokens of a prompt with one response, None where it is not known. A sliding
-            window below it would have to be part of the mask, which here is not.
+            window below it would have to be a mask, and rows have none.
     """
     parameter = next(model.parameters())
     window = sliding_window(model.config)
     has_window = window is not None and (max_tokens is None or window < max_tokens)
-    if parameter.dtype not in _TOLERANCE or has_window:
+    if parameter.dtype not in _TOLERANCE or has_window or not use_row_attention(model):
         return False
     items = _sample(model)
     try:
         with torch.no_grad():
-            shared = _last_tokens(model, share_prompts(items, pad_id=0, device=parameter.device))
+            shared = _last_tokens(model, share_prompts(items, device=parameter.device))
             padded = _last_tokens(model, pad(items, pad_id=0, device=parameter.device))
     except (RuntimeError, ValueError, IndexError, TypeError):
-        return False  # a mask of this shape is not taken at all
+        return False  # such rows are not taken at all
     limit = _TOLERANCE[parameter.dtype] * padded.abs().max()
     return bool((shared - padded).abs().max() <= limit)
 

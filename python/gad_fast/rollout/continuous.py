@@ -15,6 +15,7 @@ import torch
 from transformers import ContinuousBatchingConfig, PreTrainedModel
 
 from gad_fast.errors import EngineError
+from gad_fast.models.attention import NAME as ROW_ATTENTION
 from gad_fast.records import Ids, Logprobs
 from gad_fast.rollout.engine import (
     EngineCaps,
@@ -163,6 +164,8 @@ def _own_attention(model: PreTrainedModel) -> Generator[None]:
     """Gives a model its attention back: a manager that fails while it starts leaves its own."""
     config: Any = model.config.get_text_config()
     own = config._attn_implementation
+    if own == ROW_ATTENTION:
+        config._attn_implementation = "sdpa"  # of which there is a paged form
     try:
         yield
     finally:

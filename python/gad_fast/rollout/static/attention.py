@@ -15,12 +15,14 @@ from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from gad_fast.models.attention import NAME as ROWS
+
 NAME = "gad_fast_decode"
 
 
 def takes_boolean_masks(model: PreTrainedModel) -> bool:
     """Whether a model's attention is scaled_dot_product_attention, the only one replaced here."""
-    return _implementation(model) == "sdpa"
+    return _implementation(model) in ("sdpa", ROWS)
 
 
 @contextlib.contextmanager
@@ -28,7 +30,7 @@ def decode_attention(model: PreTrainedModel) -> Generator[None]:
     """Within it, a model with scaled_dot_product_attention attends by groups of heads."""
     config: Any = model.config.get_text_config()
     own = _implementation(model)
-    if own == "sdpa":
+    if own in ("sdpa", ROWS):
         config._attn_implementation = NAME
     try:
         yield
