@@ -114,12 +114,12 @@ def test_gradients_land_in_the_player_that_learns_and_nowhere_else(tmp_path):
 def test_the_reference_is_never_trained(tmp_path):
     student, _ = players(tmp_path)
     reference = student.frozen_copy()
-    assert reference.adapter is not None
+    assert reference.learned.adapter is not None
     logprobs(reference)
     student.imitation_loss(batch(), num_tokens=3).backward()
     logprobs(reference)
-    assert not any(p.requires_grad for p in reference.adapter.parameters())
-    assert all(p.grad is None for p in reference.adapter.parameters())
+    assert not any(p.requires_grad for p in reference.learned.adapter.parameters())
+    assert all(p.grad is None for p in reference.learned.adapter.parameters())
 
 
 def test_saved_players_load_in_transformers_and_in_peft_with_the_same_numbers(tmp_path):

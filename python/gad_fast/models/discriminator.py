@@ -15,6 +15,7 @@ from gad_fast import kernels
 from gad_fast.config import Recipe
 from gad_fast.errors import ConfigError, ModelError
 from gad_fast.models.batch import Batch, Item
+from gad_fast.models.learned import Learned
 from gad_fast.models.loading import (
     Precision,
     load_config,
@@ -24,7 +25,6 @@ from gad_fast.models.loading import (
 )
 from gad_fast.models.lora import Adapter, AdapterSet
 from gad_fast.models.micro_batches import lay_out, plan
-from gad_fast.models.saving import copy_for_saving, load_weights
 from gad_fast.models.shared_prompts import can_share_prompts
 from gad_fast.models.student import Student
 from gad_fast.records import Group, Response
@@ -120,24 +120,21 @@ class Discriminator(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.adapter = adapter
         self.shares_prompts = can_share_prompts(model, max_tokens=max_tokens)
         self.precision = precision
         self.reader = reader
         self.head = _head(model)
         if self.head.weight.dtype == torch.bfloat16:
             self.head.float()
+        self.learned = Learned(model, adapter, self.head)
 
     def trainable_parameters(self) -> Iterable[nn.Parameter]:
         """What an update changes: all weights, or the adapter's and the head's."""
-        if self.adapter is None:
-            return self.model.parameters()
-        return [*self.adapter.parameters(), *self.head.parameters()]
+        return self.learned.parameters()
 
     def score(self, batch: Batch) -> Tensor:
         """Scores of N sequences at the last token of each response, Float [N]."""
-        if self.adapter is not None:
-            self.adapter.activate()
+        self.learned.activate()
         with self.precision.forward_pass(self.model):
             hidden: Tensor = self.model.base_model(
                 **batch.model_inputs, use_cache=False
@@ -175,39 +172,22 @@ class Discriminator(nn.Module):
         """Writes a folder that `AutoModelForSequenceClassification` loads, with its tokenizer.
 
         An adapter is merged into the weights, and stands beside them, with the head, in `adapter/`.
-        transformers pools before the padding, so the saved pad token must not be the end token.
         """
-        codec = self.reader.codec
-        cast(Any, self.model.config).pad_token_id = codec.pad_id
-        if self.adapter is None:
-            self.model.save_pretrained(folder)
-        else:
-            self.model.save_pretrained(folder, state_dict=self.adapter.merged_state(self.model))
-            self.adapter.copy_for_saving(self.model, self.head)(folder / "adapter")
-        codec.tokenizer.save_pretrained(folder)
+        self._name_padding()
+        self.learned.save(folder, self.reader.codec)
 
     def copy_for_saving(self) -> Callable[[Path], None]:
         """Copies what is learned now; the result writes it later: a whole model, or the adapter."""
-        codec = self.reader.codec
-        cast(Any, self.model.config).pad_token_id = codec.pad_id
-        write_weights = (
-            copy_for_saving(self.model)
-            if self.adapter is None
-            else self.adapter.copy_for_saving(self.model, self.head)
-        )
-
-        def write(folder: Path) -> None:
-            write_weights(folder)
-            codec.tokenizer.save_pretrained(folder)
-
-        return write
+        self._name_padding()
+        return self.learned.copy_for_saving(self.reader.codec)
 
     def load_weights(self, folder: Path) -> None:
         """Takes over what a folder of `copy_for_saving` holds, head included, bit for bit."""
-        if self.adapter is None:
-            load_weights(self.model, folder)
-        else:
-            self.adapter.load(folder, self.model, self.head)
+        self.learned.load(folder)
+
+    def _name_padding(self) -> None:
+        """Names the pad token by which transformers finds where a row ends: never the end token."""
+        cast(Any, self.model.config).pad_token_id = self.reader.codec.pad_id
 
 
 def _scorer(
@@ -216,9 +196,10 @@ def _scorer(
     """The model that scores, and its adapter if it has one."""
     settings = recipe.discriminator
     is_own = settings.model != "student"
-    if student.adapter is not None and not is_own:
+    shared = student.learned.adapter
+    if shared is not None and not is_own:
         model = scorer_on(student.model, recipe.student.model)
-        return model, student.adapter.adapters.add("discriminator")
+        return model, shared.adapters.add("discriminator")
     source = settings.model if is_own else recipe.student.model
     model = load_scorer(source, dtype=settings.dtype, device=precision.device)
     if recipe.lora.rank == 0:

@@ -15,10 +15,10 @@ from gad_fast import kernels
 from gad_fast.config import Recipe
 from gad_fast.models.batch import Batch, Item
 from gad_fast.models.language_head import fuse_head
+from gad_fast.models.learned import Learned
 from gad_fast.models.loading import Precision, load_causal_lm
 from gad_fast.models.lora import Adapter, AdapterSet
 from gad_fast.models.micro_batches import micro_batches
-from gad_fast.models.saving import copy_for_saving, load_weights
 from gad_fast.models.shared_prompts import can_share_prompts
 from gad_fast.text import TextCodec
 
@@ -58,18 +58,17 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         self.precision = precision
-        self.adapter = adapter
+        self.learned = Learned(model, adapter)
         self.head_options = fuse_head(model)
         self.shares_prompts = can_share_prompts(model, max_tokens=max_tokens)
 
     def activate(self) -> None:
         """Lets its adapter, if it has one, take part in what the model reads from now on."""
-        if self.adapter is not None:
-            self.adapter.activate()
+        self.learned.activate()
 
     def trainable_parameters(self) -> Iterable[nn.Parameter]:
         """What an update changes: all weights, or the adapter's."""
-        return self.model.parameters() if self.adapter is None else self.adapter.parameters()
+        return self.learned.parameters()
 
     def micro_batches(
         self, items: Sequence[Item], *, token_budget: int
@@ -156,35 +155,21 @@ class Student(nn.Module):
 
         An adapter is merged into the weights, and stands beside them in `adapter/`.
         """
-        if self.adapter is None:
-            self.model.save_pretrained(folder)
-        else:
-            self.model.save_pretrained(folder, state_dict=self.adapter.merged_state(self.model))
-            self.adapter.copy_for_saving(self.model)(folder / "adapter")
-        codec.tokenizer.save_pretrained(folder)
+        self.learned.save(folder, codec)
 
     def copy_for_saving(self, codec: TextCodec) -> Callable[[Path], None]:
         """Copies what is learned now; the result writes it later: a whole model, or the adapter."""
-        adapter, model = self.adapter, self.model
-        write_weights = adapter.copy_for_saving(model) if adapter else copy_for_saving(model)
-
-        def write(folder: Path) -> None:
-            write_weights(folder)
-            codec.tokenizer.save_pretrained(folder)
-
-        return write
+        return self.learned.copy_for_saving(codec)
 
     def load_weights(self, folder: Path) -> None:
         """Takes over what a folder of `copy_for_saving` holds, bit for bit."""
-        if self.adapter is None:
-            load_weights(self.model, folder)
-        else:
-            self.adapter.load(folder, self.model)
+        self.learned.load(folder)
 
     def frozen_copy(self) -> Student:
         """The student as it is, for the KL reference: a copy of what it learns, and no more."""
-        if self.adapter is None:
+        adapter = self.learned.adapter
+        if adapter is None:
             return copy.deepcopy(self).requires_grad_(False)
         frozen = copy.copy(self)
-        frozen.adapter = self.adapter.frozen_copy("reference")
+        frozen.learned = Learned(self.model, adapter.frozen_copy("reference"))
         return frozen
