@@ -31,7 +31,7 @@ def told_as_engine_error(doing: str, *, num_rows: int) -> Generator[None]:
     except torch.OutOfMemoryError as error:
         raise EngineError(
             f"out of memory with {num_rows} rollouts at once: {in_a_line(error)} "
-            f"(set rollout.max_sequences = {max(1, num_rows // 2)})"
+            f"(set max_sequences = {max(1, num_rows // 2)})"
         ) from error
     except EngineError:
         raise

@@ -55,7 +55,7 @@ def require_room(like: DynamicCache, *, num_rows: int, num_columns: int) -> None
         raise EngineError(
             f"{num_rows} rollouts of {num_columns} tokens need {num_rows * bytes_a_row / 2**30:.1f}"
             f" GiB of cache, but {free / 2**30:.1f} GiB are free: {rows} rollouts fit "
-            f"(set rollout.max_sequences = {max(rows, 1)})"
+            f"(set max_sequences = {max(rows, 1)})"
         )
 
 
