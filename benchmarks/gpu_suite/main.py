@@ -19,13 +19,14 @@ from gpu_suite.supervisor import Child, Section, run_section, this_child
 ROOT = Path(__file__).parents[2]
 # What a section leaves unused, the next ones have; the last ends within 9 minutes, grace included.
 SECTIONS = (
-    Section("environment", 60),
-    Section("ceilings", 100),
-    Section("correctness", 220),
-    Section("sanitizer", 290),
-    Section("kernels", 385),
-    Section("peers", 445),
-    Section("step", 510),
+    Section("environment", 45),
+    Section("ceilings", 80),
+    Section("correctness", 185),
+    Section("sanitizer", 240),
+    Section("kernels", 325),
+    Section("peers", 375),
+    Section("step", 430),
+    Section("rollouts", 520),
 )
 
 

@@ -37,6 +37,7 @@ def print_report(results: Results, path: Path) -> None:
         _kernels(results),
         _small_operations(results),
         _step(results),
+        _rollouts(results),
     ):
         if table.row_count:
             _CONSOLE.print(table)
@@ -133,6 +134,24 @@ def _step(results: Results) -> Table:
             _number(row["seconds"], ".2f"),
             _number(row["tokens_per_second"], ".0f"),
             _number(row["peak_gib"], ".1f"),
+        )
+    return table
+
+
+def _rollouts(results: Results) -> Table:
+    table = _table(
+        "rollouts", "model", "engine", "tokens/s", "x generate", "decode ms", "floor", "ratio"
+    )
+    rows = rows_of(results, "rollouts")
+    generate = {r["model"]: r["tokens_per_second"] for r in rows if r["engine"] == "reference"}
+    for row in rows:
+        peer = generate.get(row["model"])
+        table.add_row(
+            row["model"],
+            row["engine"],
+            _number(row["tokens_per_second"], ".0f"),
+            _number(None if peer is None else row["tokens_per_second"] / peer, ".2f"),
+            *(_number(row[key], ".2f") for key in ("decode_ms", "floor_ms", "ratio")),
         )
     return table
 

@@ -56,6 +56,23 @@ class StepSize:
 
 
 @dataclass(frozen=True, slots=True)
+class RolloutSize:
+    """Rollouts of a model of random weights."""
+
+    name: str
+    model: dict[str, Any]
+    prompts: int
+    group_size: int
+    prompt_tokens: int
+    response_tokens: int
+
+    @property
+    def rows(self) -> int:
+        """Rollouts at once."""
+        return self.prompts * self.group_size
+
+
+@dataclass(frozen=True, slots=True)
 class Scale:
     """All sizes of a run."""
 
@@ -83,6 +100,7 @@ class Scale:
     """More than the last-level cache, written between repeats."""
     has_compiled_peers: bool
     steps: tuple[StepSize, ...]
+    rollouts: tuple[RolloutSize, ...]
 
     def on(self, device: Literal["cuda", "cpu"], dtype: Dtype) -> Scale:
         """The same sizes elsewhere."""
@@ -117,6 +135,10 @@ FULL = Scale(
         StepSize("Qwen2.5-0.5B", QWEN_05B, 8, 8, 256, 192, 8192),
         StepSize("Qwen2.5-1.5B", QWEN_15B, 8, 8, 256, 192, 4096),
     ),
+    rollouts=(
+        RolloutSize("Qwen2.5-0.5B", QWEN_05B, 32, 8, 256, 512),
+        RolloutSize("Qwen2.5-1.5B", QWEN_15B, 32, 8, 256, 512),
+    ),
 )
 
 _TINY_MODEL = {
@@ -148,6 +170,7 @@ SMOKE = Scale(
     flush_mib=1,
     has_compiled_peers=False,
     steps=(StepSize("tiny", _TINY_MODEL, 2, 2, 6, 4, 64),),
+    rollouts=(RolloutSize("tiny", _TINY_MODEL, 2, 2, 6, 8),),
 )
 
 SCALES = {"full": FULL, "smoke": SMOKE}

@@ -13,6 +13,7 @@ from rich.console import Console
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import tiny
 from gad_fast.bench import buffer, kernels, machine, packing, report, tokenizer
 from gad_fast.bench.report import Comparison, Report
 from gad_fast.cli.main import main
@@ -73,6 +74,21 @@ def test_the_tokenizer_is_compared_on_any_model_folder(tmp_path, monkeypatch):
     assert os.environ["RAYON_NUM_THREADS"] == "7"
 
 
+def test_rollouts_are_compared_on_any_student(tmp_path, capsys):
+    output = tmp_path / "result.json"
+    folder = tmp_path / "student"
+    tiny.save_student(folder, max_position_embeddings=512)
+    assert run("rollouts", "--quick", "--model", folder, "--output", output) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "with nothing but the products of its decode steps" in shown
+    record = result(output)
+    peers = [row["peer"] for row in record["comparisons"]]
+    assert peers == ["transformers generate", "continuous batching"] * 2
+    for (turn,) in record["samples"].values():
+        assert turn.keys() == {"static", "continuous", "reference"}
+        assert all(4 <= sample["tokens"] <= 2 * 2 * 6 for sample in turn.values())
+
+
 def test_kernels_are_measured_in_processes_of_their_own(tmp_path, monkeypatch):
     cases = {name: kernels.CASES[name] for name in ("naive_from_logits", "token_logprobs")}
     monkeypatch.setattr(kernels, "CASES", cases)
@@ -125,6 +141,8 @@ def test_ids_that_disagree_are_not_timed(tmp_path):
         (["packing", "--output", "result.txt"], "must name a .json file, got result.txt"),
         (["packing", "--output", "nowhere/result.json"], "its folder is not there"),
         (["tokenizer"], "required: --model"),
+        (["rollouts"], "required: --model"),
+        (["rollouts", "--model", "nowhere"], "nowhere"),
         (["tokenizer", "--model", "nowhere"], "there is no tokenizer.json in nowhere"),
         (["cache", "--folder", "nowhere"], "there is no folder nowhere"),
     ],

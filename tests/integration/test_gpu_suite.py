@@ -9,10 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Qwen2ForCausalLM
 
+from gad_fast.config import HardwareSettings
+from gad_fast.models.loading import Precision
 from gpu_suite.ceilings import Ceilings, ceilings_of
 from gpu_suite.data import Tokens, make_problem
 from gpu_suite.operations import Pair, plain_logprobs
+from gpu_suite.random_models import random_model
+from gpu_suite.rollouts import floor_bytes
 from gpu_suite.sanitizer import verdict
 from gpu_suite.scale import SMOKE, Shape
 from gpu_suite.supervisor import Child, Section, run_section
@@ -20,7 +25,16 @@ from gpu_suite.truth import distances
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "run_gpu_suite.py"
-SECTIONS = ("environment", "ceilings", "correctness", "sanitizer", "kernels", "peers", "step")
+SECTIONS = (
+    "environment",
+    "ceilings",
+    "correctness",
+    "sanitizer",
+    "kernels",
+    "peers",
+    "step",
+    "rollouts",
+)
 OPERATIONS = {
     "token_logprobs",
     "entropy_from_logits",
@@ -34,7 +48,7 @@ OPERATIONS = {
 }
 
 
-# Seven processes, each with its own import of torch.
+# Eight processes, each with its own import of torch.
 @pytest.mark.timeout(300)
 def test_smoke_run_finishes_every_section_and_finds_nothing_wrong(tmp_path):
     output = tmp_path / "results.json"
@@ -55,11 +69,25 @@ def test_smoke_run_finishes_every_section_and_finds_nothing_wrong(tmp_path):
         "student",
         "step",
     }
+    sampled = {row["engine"]: row["tokens"] for row in rows(sections["rollouts"])}
+    assert sampled.keys() == {"static", "continuous", "reference"}
+    assert all(24 < tokens <= 32 for tokens in sampled.values())
     assert done.stdout.splitlines()[-1].endswith(str(output))
 
 
 def rows(section: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for case in section["cases"] for row in case["rows"]]
+
+
+def test_a_decode_steps_floor_is_the_bytes_of_weights_keys_and_values():
+    """4 rows of 6 and half of 8 tokens; 2 layers of one head of 8 keys and 8 values, float32."""
+    (size,) = SMOKE.rollouts
+    cpu = Precision(HardwareSettings(device="cpu"))
+    model = random_model(Qwen2ForCausalLM, size.model, cpu, 14)
+    embedding, norms = 64 * 16, 5 * 16
+    attention = 2 * 16 * 16 + 16 + 2 * (8 * 16 + 8)
+    weights = embedding + norms + 2 * (attention + 3 * 16 * 24)
+    assert floor_bytes(model, size) == 4 * (weights + 4 * 10 * 2 * 2 * 8)
 
 
 # A child of three cases: `second` dies the first time it is met, as after an illegal access.

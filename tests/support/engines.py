@@ -120,11 +120,13 @@ class FakeEngine:
 
 
 class OtherTemperature(StaticEngine):
-    """Samples at another temperature than it is asked for."""
+    """Samples at another temperature than it is asked for, unless that is 0."""
 
     def generate(self, requests: Sequence[GenRequest]) -> Iterator[GenOutput]:
         wrong = [
             replace(request, sampling=replace(request.sampling, temperature=1.1))
+            if request.sampling.temperature
+            else request
             for request in requests
         ]
         return super().generate(wrong)

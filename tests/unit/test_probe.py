@@ -1,25 +1,23 @@
 """Every way in which an engine can silently sample from another policy, provoked and caught."""
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache
 
 from engines import CPU, PROMPTS, FakeEngine, OtherTemperature, llama, make
 from gad_fast.config import HardwareSettings
 from gad_fast.errors import EngineError
 from gad_fast.models.loading import Precision
 from gad_fast.models.student import Student
-from gad_fast.records import EncodedExample, Example, Group, Ids, Response
+from gad_fast.records import EncodedExample, Example, Group, Response
 from gad_fast.rollout.continuous import ContinuousEngine
 from gad_fast.rollout.engine import Sampling
 from gad_fast.rollout.groups import GroupPlan, sample_groups
 from gad_fast.rollout.probe import probe
-from gad_fast.rollout.static import decoder
+from gad_fast.rollout.static.decoder import Decoder
 from gad_fast.rollout.static.engine import StaticEngine
 
 TEMPERATURE = 0.8
@@ -107,13 +105,15 @@ def test_a_tied_head_that_an_update_does_not_reach_is_caught() -> None:
 
 def test_a_prefix_cache_kept_over_an_update_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     student = Student(llama(), CPU)
-    old, prefill = copy.deepcopy(student.model), decoder.prefill_cache
+    old, enter = copy.deepcopy(student.model), Decoder.enter
 
-    def stale(_model: Any, prompts: Sequence[Ids], device: torch.device) -> DynamicCache:
-        return prefill(old, prompts, device)
+    def stale(self: Any, entries: Any) -> None:
+        own, self._model = self._model, old
+        enter(self, entries)
+        self._model = own
 
     engine = make(StaticEngine, student.model)
-    monkeypatch.setattr(decoder, "prefill_cache", stale)
+    monkeypatch.setattr(Decoder, "enter", stale)
     assert gap(student, groups_of(engine)) is not None
     updated(student, 0.05)
     with pytest.raises(EngineError, match="a prefix cache kept over an update"):

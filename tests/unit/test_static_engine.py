@@ -28,12 +28,12 @@ from engines import CPU, END, PROMPTS, llama, make, requests, tokens
 from gad_fast.config import HardwareSettings
 from gad_fast.errors import ConfigError, EngineError
 from gad_fast.models.loading import Precision
+from gad_fast.rollout import room
 from gad_fast.rollout.continuous import ContinuousEngine
 from gad_fast.rollout.endings import Endings
 from gad_fast.rollout.engine import Capacity, FinishReason, ModuleWeights, Sampling
 from gad_fast.rollout.making import start_engine
 from gad_fast.rollout.reference import ReferenceEngine
-from gad_fast.rollout.static import cache
 from gad_fast.rollout.static.engine import StaticEngine
 
 GREEDY = Sampling(0.0, 9)
@@ -224,9 +224,9 @@ def test_models_whose_cache_is_no_row_of_keys_and_values_fall_back_and_say_so() 
         MambaConfig(vocab_size=16, hidden_size=16, state_size=4, num_hidden_layers=2)
     ).eval()
     for model, expected, reason in (
-        (mistral(3), ContinuousEngine, "a window of 3 tokens, and sequences have up to 16"),
+        (mistral(3), ContinuousEngine, "so continuous is next: its layers see a window of 3 token"),
         (mistral(1), ReferenceEngine, "a window of 1 tokens"),
-        (mamba, ReferenceEngine, "its cache is not one of keys and values"),
+        (mamba, ReferenceEngine, "a short answer failed"),
         (mistral(16), StaticEngine, None),
     ):
         said: list[str] = []
@@ -265,13 +265,37 @@ def test_a_prompt_that_does_not_fit_is_told_before_any_work(
     assert len(tokens(engine.generate(requests(1, GREEDY, [[5] * 55])))) == 1
 
 
-def test_too_little_memory_is_told_with_the_rows_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two layers of 8 keys and 8 values: 128 bytes a token, 15 columns, 10 % left free."""
-    monkeypatch.setattr(cache, "_free_bytes", lambda _device: 10 * 128 * 15)
-    engine = make(StaticEngine, llama())
-    with pytest.raises(EngineError, match=r"12 rollouts of 15 tokens .* 9 rollouts fit \(set roll"):
+@pytest.mark.parametrize(
+    ("kind", "columns", "fit"), [(StaticEngine, 15, 9), (ContinuousEngine, 32, 4)]
+)
+def test_too_little_memory_is_told_with_the_rows_that_fit(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Any], columns: int, fit: int
+) -> None:
+    """Two layers of 8 keys and 8 values: 128 bytes a token, 10 % left free; pages of 32 columns."""
+    engine = make(kind, llama())
+    monkeypatch.setattr(room, "_free_bytes", lambda _device: 10 * 128 * 15)
+    message = (
+        rf"12 rollouts of {columns} tokens .* {fit} rollouts fit \(set max_sequences = {fit}\)"
+    )
+    with pytest.raises(EngineError, match=message):
         next(engine.generate(requests(3, GREEDY)))
-    assert len(list(engine.generate(requests(2, GREEDY)))) == 8
+    assert len(list(engine.generate(requests(1, GREEDY)))) == 4
+
+
+@pytest.mark.parametrize("kind", [StaticEngine, ReferenceEngine])
+def test_memory_that_runs_out_is_told_with_fewer_rows(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Any]
+) -> None:
+    model = llama()
+    engine = make(kind, model)
+
+    def exhausted(*_args: Any, **_options: Any) -> Any:
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB\nand more")
+
+    monkeypatch.setattr(model.model.layers[1].mlp, "forward", exhausted)
+    message = r"out of memory with 12 rollouts at once: tried to .* \(set max_sequences = 6\)"
+    with pytest.raises(EngineError, match=message):
+        next(engine.generate(requests(3, GREEDY)))
 
 
 def test_a_budget_of_cached_tokens_bounds_the_rows() -> None:

@@ -43,18 +43,15 @@ def play(num_prompts: int, n: int, num_rows: int, seed: int) -> tuple[list[Finis
             return finished, computed
         assert scheduler.num_active == len(active) <= num_rows
         for row, rollout in enumerate(active):
-            assert len(cache[row]) == scheduler.positions[row]
+            assert len(cache[row]) == scheduler.reads[1][row]
             assert cache[row][rollout.num_prefix :] == [rollout] * scheduler.draws[1][row]
             cache[row].append(rollout)
         drawn = random.integers(END + 1, size=len(active))
-        for row, reason in scheduler.record(drawn, drawn.astype(np.float32)):
-            last, length = scheduler.last_row
-            cache[row] = cache[last][:length]
-            leaving = active[row]
-            active[row] = active[-1]
+        for left in scheduler.record(drawn, drawn.astype(np.float32)):
+            assert (left.last_row, left.rollout) == (len(active) - 1, active[left.row])
+            cache[left.row] = cache[left.last_row][: left.num_cached]
+            active[left.row] = active[-1]
             active.pop()
-            left = scheduler.leave(row, reason)
-            assert left.rollout is leaving
             finished.append(left)
 
 
@@ -63,7 +60,7 @@ def test_every_rollout_is_sampled_once_in_a_row_of_its_own() -> None:
         [(1, 1, 1), (5, 3, 2), (7, 4, 9), (3, 5, 64)]
     ):
         finished, _ = play(num_prompts, n, min(num_rows, num_prompts * n), seed)
-        found = {(left.rollout.request.group_id, left.rollout.index) for left in finished}
+        found = {(left.rollout.request.group_id, left.rollout.number) for left in finished}
         assert found == {(group, index) for group in range(num_prompts) for index in range(n)}
         assert len(finished) == num_prompts * n
         for left in finished:
@@ -91,6 +88,5 @@ def test_rows_are_given_in_blocks_of_an_eighth() -> None:
     assert len(scheduler.enter()) == 16
     for num_ends, num_entered in ((1, 0), (1, 2)):
         drawn = np.array([END] * num_ends + [0] * (scheduler.num_active - num_ends))
-        for row, reason in scheduler.record(drawn, drawn.astype(np.float32)):
-            scheduler.leave(row, reason)
+        assert len(scheduler.record(drawn, drawn.astype(np.float32))) == num_ends
         assert len(scheduler.enter()) == num_entered

@@ -49,12 +49,13 @@ def start_engine(
         raise ConfigError(f"unknown engine {name!r}, allowed: {', '.join(ENGINES)}")
     names = list(ENGINES)
     *tried, last = names[names.index(name) :]
-    for candidate in tried:
+    for candidate, following in zip(tried, names[names.index(name) + 1 :], strict=True):
         engine = ENGINES[candidate](model, precision, endings=endings, capacity=capacity)
         try:
             engine.start()
         except EngineError as error:
-            say(f"the {candidate} engine cannot take {type(model).__name__}: {error}")
+            kind = type(model).__name__
+            say(f"the {candidate} engine cannot take {kind}, so {following} is next: {error}")
             continue
         return engine
     engine = ENGINES[last](model, precision, endings=endings, capacity=capacity)

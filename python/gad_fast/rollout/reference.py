@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from gad_fast.errors import EngineError
 from gad_fast.records import Ids
 from gad_fast.rollout.engine import (
     EngineCaps,
@@ -22,8 +21,9 @@ from gad_fast.rollout.engine import (
     GenRequest,
     Sampling,
 )
+from gad_fast.rollout.failures import told_as_engine_error
 from gad_fast.rollout.in_process import InProcessEngine
-from gad_fast.rollout.requests import in_a_line, shared_sampling
+from gad_fast.rollout.requests import shared_sampling
 from gad_fast.rollout.streams import stream_key
 
 
@@ -57,24 +57,20 @@ class ReferenceEngine(InProcessEngine):
         ids, mask = self._pad_left([request.prompt_ids for request, _ in rows])
         model: Any = self._model
         request, index = rows[0]
-        try:
-            with (
-                torch.random.fork_rng(_cuda_devices(self._precision.device)),
-                torch.no_grad(),
-                self._precision.autocast(),
-                without_defaults(model),
-            ):
-                torch.manual_seed(stream_key(request.seed, request.group_id, index))
-                sequences: Tensor = model.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    past_key_values=_cache(self._model),
-                    generation_config=generation_config(sampling, self._endings.end_id),
-                )
-        except RuntimeError as error:
-            raise EngineError(
-                f"generate failed on {len(rows)} rollouts: {in_a_line(error)}"
-            ) from error
+        with (
+            told_as_engine_error(f"generate of {len(rows)} rollouts", num_rows=len(rows)),
+            torch.random.fork_rng(_cuda_devices(self._precision.device)),
+            torch.no_grad(),
+            self._precision.autocast(),
+            without_defaults(model),
+        ):
+            torch.manual_seed(stream_key(request.seed, request.group_id, index))
+            sequences: Tensor = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=_cache(self._model),
+                generation_config=generation_config(sampling, self._endings.end_id),
+            )
         new_ids = sequences[:, ids.shape[1] :].cpu().numpy().astype(np.int32)
         for (request, index), sampled in zip(rows, new_ids, strict=True):
             response, reason = self._endings.cut(sampled, sampling)

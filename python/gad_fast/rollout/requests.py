@@ -37,8 +37,3 @@ def max_positions(model: PreTrainedModel) -> int | None:
     """Most tokens that a model can read, None where it does not say."""
     config: Any = model.config
     return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
-def in_a_line(error: BaseException) -> str:
-    """What an error of a library says first; some append a whole configuration."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

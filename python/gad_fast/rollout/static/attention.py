@@ -48,13 +48,8 @@ def grouped_attention(
 ) -> tuple[Tensor, None]:
     """What `sdpa_attention_forward` gives, with its arguments.
 
-    Args:
-        module: the attention layer.
-        query: [N, heads, 1, width].
-        key: [N, key heads, columns, width].
-        value: as the keys.
-        attention_mask: Bool [N, 1, 1, columns].
-        options: `scaling`; with any other that counts, transformers' own function runs.
+    Shapes: query [N, heads, 1, width], key and value [N, key heads, columns, width], mask Bool
+    [N, 1, 1, columns]. With an option that counts, `scaling` apart, transformers' own runs.
     """
     has_bias = options.get("position_bias") is not None
     if query.shape[2] != 1 or options.get("dropout") or has_bias:

@@ -1,22 +1,23 @@
 """The student's forward passes while it samples: prompts into the cache, then a token a row.
 
-Shapes: N active rows, P tokens of the longest prompt, V vocabulary.
+Shapes: N active rows, R rows of the cache, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from gad_fast.records import Ids
+from gad_fast import _core
 from gad_fast.rollout.static.attention import decode_attention, takes_boolean_masks
 from gad_fast.rollout.static.cache import Place, RowCache
+from gad_fast.rollout.static.graphs import Graphs, Recorder, Size
 from gad_fast.rollout.static.scheduler import Entry
 
 PREFILL_TOKENS = 8192
@@ -26,78 +27,68 @@ PREFILL_TOKENS = 8192
 class Decoder:
     """A model with a cache of rows."""
 
-    def __init__(self, model: PreTrainedModel, cache: RowCache, device: torch.device) -> None:
-        self._model, self._cache, self._device = model, cache, device
+    def __init__(
+        self, model: PreTrainedModel, cache: RowCache, largest: Size, recorder: Recorder | None
+    ) -> None:
+        device = model.device
+        self._model, self._cache, self._largest = model, cache, largest
+        self._rows = torch.arange(largest.rows, device=device)
+        self._inputs = torch.zeros(2, largest.rows, dtype=torch.int64, device=device)
+        self._graphs = Graphs(recorder, largest, self._decode)
 
     def enter(self, entries: Sequence[Entry]) -> None:
         """Gives rollouts the keys and values of their prompts, all but the last token's."""
         new = [e for e in entries if e.source is None and e.rollout.num_prefix]
-        new.sort(key=lambda entry: entry.rollout.num_prefix)
-        for batch in _prefill_batches(new):
-            prompts = [entry.rollout.request.prompt_ids[:-1] for entry in batch]
-            prefill = prefill_cache(self._model, prompts, self._device)
-            for index, entry in enumerate(batch):
-                self._cache.fill(entry.row, prefill, index, entry.rollout.num_prefix)
+        lengths = np.array([entry.rollout.num_prefix for entry in new], dtype=np.int64)
+        budget = max([PREFILL_TOKENS, *lengths.tolist()])
+        one, none = np.ones_like(lengths), np.zeros_like(lengths)
+        for part in _core.plan_micro_batches(one, lengths, none, token_budget=budget):
+            self._read_prompts([new[index] for index in part])
         for entry in entries:
             if entry.source is not None:
-                self._cache.copy(entry.source, entry.row, entry.rollout.num_prefix)
+                self.move(entry.source, entry.row, entry.rollout.num_prefix)
 
-    def step(self, inputs: NDArray[np.int64], positions: NDArray[np.int64]) -> Tensor:
-        """Logits [N, V] after one more token of each row."""
-        width = int(positions.max()) + 1
-        columns = torch.from_numpy(positions).to(self._device)
-        self._cache.go_to(Place(torch.arange(len(inputs), device=self._device), columns, width))
-        is_seen = torch.arange(width, device=self._device) <= columns[:, None]
-        model: Any = self._model
-        with torch.no_grad(), decode_attention(self._model):
-            output = model(
-                input_ids=torch.from_numpy(inputs).to(self._device)[:, None],
-                attention_mask=_mask(self._model, is_seen)[:, None, None],
-                position_ids=columns[:, None],
-                past_key_values=self._cache,
-                use_cache=True,
-            )
-        return output.logits[:, -1]
+    def step(self, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> Tensor:
+        """Logits [N, V] after one more token of each row; they hold until the next step."""
+        size = self._graphs.size(len(tokens), int(positions.max()) + 1)
+        # Rows beyond the active ones write to the last column, where no prompt is.
+        inputs = np.full((2, size.rows), self._largest.width - 1)
+        inputs[:, : len(tokens)] = tokens, positions
+        inputs[0, len(tokens) :] = 0
+        self._inputs[:, : size.rows] = torch.from_numpy(inputs).to(self._inputs.device)
+        return self._graphs.logits(size)[: len(tokens)]
 
     def move(self, source: int, row: int, length: int) -> None:
         """Puts a row's first `length` tokens into another."""
         self._cache.copy(source, row, length)
 
+    def _read_prompts(self, entries: Sequence[Entry]) -> None:
+        """Padded on the right: causal attention never looks there, and steps write over it."""
+        prompts = [entry.rollout.request.prompt_ids[:-1] for entry in entries]
+        ids = np.zeros((len(prompts), max(map(len, prompts))), dtype=np.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = prompt
+        rows = self._rows[torch.tensor([entry.row for entry in entries])]
+        self._cache.go_to(Place(rows, None, 1))
+        self._forward(input_ids=torch.from_numpy(ids).to(rows.device))
 
-def prefill_cache(
-    model: PreTrainedModel, prompts: Sequence[Ids], device: torch.device
-) -> DynamicCache:
-    """Keys and values of prompts, padded on the right, where causal attention never looks."""
-    ids = np.zeros((len(prompts), max(map(len, prompts))), dtype=np.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = prompt
-    cache = DynamicCache()
-    language_model: Any = model
-    with torch.no_grad():
-        language_model(
-            input_ids=torch.from_numpy(ids).to(device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-    return cache
+    def _decode(self, size: Size) -> Tensor:
+        tokens, columns = self._inputs[:, : size.rows]
+        self._cache.go_to(Place(self._rows[: size.rows], columns, size.width))
+        is_seen = torch.arange(size.width, device=columns.device) <= columns[:, None]
+        mask = is_seen
+        if not takes_boolean_masks(self._model):
+            mask = torch.where(is_seen, 0.0, torch.finfo(torch.float32).min)
+        with decode_attention(self._model):
+            return self._forward(
+                input_ids=tokens[:, None],
+                attention_mask=mask[:, None, None],
+                position_ids=columns[:, None],
+            )
 
-
-def _prefill_batches(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
-    """Consecutive entries, shortest prompt first, within the budget where one alone is."""
-    batch: list[Entry] = []
-    for entry in entries:
-        if batch and (len(batch) + 1) * entry.rollout.num_prefix > PREFILL_TOKENS:
-            yield batch
-            batch = []
-        batch.append(entry)
-    if batch:
-        yield batch
-
-
-def _mask(model: PreTrainedModel, is_seen: Tensor) -> Tensor:
-    """Boolean for scaled_dot_product_attention, to be added to the scores for any other."""
-    if takes_boolean_masks(model):
-        return is_seen
-    lowest = torch.finfo(torch.float32).min
-    return torch.zeros_like(is_seen, dtype=torch.float32).masked_fill(~is_seen, lowest)
+    def _forward(self, **inputs: Tensor) -> Tensor:
+        """Logits [N, V] of the last column."""
+        model: Any = self._model
+        with torch.no_grad():
+            output = model(**inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1]

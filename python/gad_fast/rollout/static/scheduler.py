@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +21,11 @@ from gad_fast.rollout.engine import FinishReason, GenRequest
 from gad_fast.rollout.streams import stream_key
 
 
-@dataclass(frozen=True, slots=True)
-class Rollout:
+class Rollout(NamedTuple):
     """One of the responses to a request."""
 
     request: GenRequest
-    index: int
+    number: int
     watch: Watch | None
 
     @property
@@ -35,8 +34,7 @@ class Rollout:
         return len(self.request.prompt_ids) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A rollout that enters a row."""
 
     row: int
@@ -45,14 +43,17 @@ class Entry:
     """The row that holds the prompt's keys and values, None if they must be computed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A rollout that leaves."""
+class Finished(NamedTuple):
+    """A rollout that leaves its row to the last active one."""
 
     rollout: Rollout
     ids: Ids
     logprobs: Logprobs
     reason: FinishReason
+    row: int
+    last_row: int
+    num_cached: int
+    """Tokens of the last row that are in the cache."""
 
 
 class Scheduler:
@@ -68,9 +69,10 @@ class Scheduler:
         self._end_id, self._max_tokens = end_id, max_tokens
         self._ids = np.zeros((num_rows, max_tokens), dtype=np.int32)
         self._logprobs = np.zeros((num_rows, max_tokens), dtype=np.float32)
-        self._keys = np.zeros((num_rows,), dtype=np.uint64)
-        self._lengths = np.zeros((2, num_rows), dtype=np.int64)  # tokens read, tokens sampled
-        self._inputs = np.zeros((num_rows,), dtype=np.int64)
+        self._keys = np.zeros(num_rows, dtype=np.uint64)
+        state = np.zeros((3, num_rows), dtype=np.int64)
+        self._inputs, self._positions, self._sampled = state
+        self._columns = (self._ids, self._logprobs, self._keys, *state)
 
     @property
     def num_active(self) -> int:
@@ -78,19 +80,14 @@ class Scheduler:
         return len(self._active)
 
     @property
-    def inputs(self) -> NDArray[np.int64]:
-        """The token that each active row reads next."""
-        return self._inputs[: self.num_active]
-
-    @property
-    def positions(self) -> NDArray[np.int64]:
-        """Where in its sequence that token is."""
-        return self._lengths[0, : self.num_active]
+    def reads(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The token that each active row reads next, and where in its sequence that is."""
+        return self._inputs[: self.num_active], self._positions[: self.num_active]
 
     @property
     def draws(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
         """Of each active row the key of its random stream, and how many numbers it has used."""
-        return self._keys[: self.num_active], self._lengths[1, : self.num_active]
+        return self._keys[: self.num_active], self._sampled[: self.num_active]
 
     def enter(self) -> list[Entry]:
         """Gives free rows to waiting rollouts: a block at a time, or whatever is left."""
@@ -99,41 +96,29 @@ class Scheduler:
             return []
         return [self._enter() for _ in range(min(num_free, len(self._waiting)))]
 
-    def record(self, ids: NDArray[np.int64], logprobs: Logprobs) -> list[tuple[int, FinishReason]]:
-        """Notes a token of each active row; gives the rows that finish with it, last row first."""
-        rows, num_sampled = np.arange(self.num_active), self._lengths[1, : self.num_active]
+    def record(self, ids: NDArray[np.int64], logprobs: Logprobs) -> list[Finished]:
+        """Notes a token of each active row; takes out what ends with it, last row first."""
+        rows, num_sampled = np.arange(self.num_active), self._sampled[: self.num_active]
         self._ids[rows, num_sampled], self._logprobs[rows, num_sampled] = ids, logprobs
         self._inputs[rows] = ids
-        self._lengths[:, rows] += 1
+        self._positions[rows] += 1
+        self._sampled[rows] += 1
         has_ended, is_full = ids == self._end_id, num_sampled == self._max_tokens
         is_stopped = np.zeros_like(has_ended)
         for row, rollout in enumerate(self._active):
             if rollout.watch is not None and not has_ended[row]:
                 is_stopped[row] = rollout.watch(int(ids[row]))
         ends = np.flatnonzero(has_ended | is_full | is_stopped)[::-1].tolist()
-        return [(row, _reason(bool(has_ended[row]), bool(is_stopped[row]))) for row in ends]
+        return [self._leave(row, _reason(has_ended[row], is_stopped[row])) for row in ends]
 
-    @property
-    def last_row(self) -> tuple[int, int]:
-        """The last active row, and how many tokens of it are in the cache."""
-        last = self.num_active - 1
-        return last, int(self._lengths[0, last])
-
-    def leave(self, row: int, reason: FinishReason) -> Finished:
-        """Takes a rollout out; the last active one has its row from now on."""
-        num_sampled = self._lengths[1, row]
-        finished = Finished(
-            self._active[row],
-            self._ids[row, :num_sampled].copy(),
-            self._logprobs[row, :num_sampled].copy(),
-            reason,
-        )
-        last = self.num_active - 1
-        for column in (self._ids, self._logprobs, self._keys, self._inputs):
+    def _leave(self, row: int, reason: FinishReason) -> Finished:
+        last, length = self.num_active - 1, self._sampled[row]
+        ids, logprobs = self._ids[row, :length].copy(), self._logprobs[row, :length].copy()
+        num_cached = int(self._positions[last])
+        finished = Finished(self._active[row], ids, logprobs, reason, row, last, num_cached)
+        for column in self._columns:
             column[row] = column[last]
-        self._lengths[:, row] = self._lengths[:, last]
-        self._prompts[row] = self._prompts[last]
-        self._active[row] = self._active[last]
+        self._prompts[row], self._active[row] = self._prompts[last], self._active[last]
         self._active.pop()
         return finished
 
@@ -146,8 +131,8 @@ class Scheduler:
         self._active.append(rollout)
         self._prompts[row] = request
         self._inputs[row] = request.prompt_ids[-1]
-        self._keys[row] = stream_key(request.seed, request.group_id, rollout.index)
-        self._lengths[:, row] = rollout.num_prefix, 0
+        self._keys[row] = stream_key(request.seed, request.group_id, rollout.number)
+        self._positions[row], self._sampled[row] = rollout.num_prefix, 0
         return entry
 
 

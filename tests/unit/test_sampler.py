@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from gad_fast.errors import ConfigError
 from gad_fast.rollout.engine import Sampling
-from gad_fast.rollout.static.sampler import draw, inverse_cdf
+from gad_fast.rollout.sampler import draw, inverse_cdf
 from gad_fast.rollout.streams import stream_key, uniforms
 
 # 0.1 % points of chi-square.

@@ -1,0 +1,220 @@
+"""Rollouts from live weights: the static engine against continuous batching and `generate`.
+
+Question: how much faster than transformers' `generate` is sampling from the same weights in the
+same process? All engines answer the same prompts, with natural ends, turn by turn, so that a slow
+minute of the machine is a slow minute of all. `generate` goes on with finished rows until the last
+one of its batch is done; a token counts only if it is in a rollout. The limit is the time of the
+matrix products of the decode steps alone.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from gad_fast.bench.english import lines, passage
+from gad_fast.bench.report import Comparison, Report
+from gad_fast.bench.timing import seconds
+from gad_fast.config import HardwareSettings
+from gad_fast.models.loading import Precision, load_causal_lm
+from gad_fast.records import Ids, Message
+from gad_fast.rollout.endings import Endings
+from gad_fast.rollout.engine import Capacity, GenOutput, GenRequest, RolloutEngine, Sampling
+from gad_fast.rollout.making import ENGINES
+from gad_fast.text import TextCodec
+
+TEMPERATURE = 0.8
+SEED = 0
+GOAL = 1.6
+PEERS = {"reference": "transformers generate", "continuous": "continuous batching"}
+PROMPT_CHARACTERS = 300
+
+
+class Shape(NamedTuple):
+    """A step's rollouts."""
+
+    groups: int
+    rollouts: int
+    max_tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.groups}x{self.rollouts}x{self.max_tokens}"
+
+
+class Sample(NamedTuple):
+    """One turn of an engine."""
+
+    tokens: int
+    """In all rollouts."""
+    longest: int
+    """Tokens of the longest, which is the number of decode steps."""
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second."""
+        return self.tokens / self.seconds
+
+
+Turn = dict[str, Sample]
+
+SHAPE = Shape(8, 4, 192)
+SMALL = Shape(2, 2, 6)
+DTYPES = ("float32", "bfloat16")
+
+
+def run(
+    folder: Path,
+    *,
+    quick: bool,
+    shapes: Sequence[Shape] = (SHAPE,),
+    dtypes: Sequence[str] = DTYPES,
+    num_turns: int = 3,
+) -> Report:
+    """Samples with all engines in turns, on the CPU.
+
+    Args:
+        folder: a language model with a chat template.
+        quick: a few tokens, once.
+        shapes: rollouts of a step.
+        dtypes: of weights and products.
+        num_turns: of all engines.
+
+    Raises:
+        ModelError: there is no such model in the folder.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    shapes, num_turns = ((SMALL,), 1) if quick else (shapes, num_turns)
+    samples: dict[str, list[Turn]] = {}
+    remarks: list[str] = []
+    for dtype in dtypes:
+        bench = Bench(folder, dtype)
+        if dtype == "float32":
+            bench.check_equal()
+        bench.compare(SMALL, 1)  # what is loaded once is not an engine's
+        for shape in shapes:
+            case = f"{dtype} {shape}"
+            samples[case] = bench.compare(shape, num_turns)
+            remarks.append(f"{case}: {bench.limit([turn['static'] for turn in samples[case]])}")
+    return Report(
+        name="rollouts",
+        is_quick=quick,
+        question="How much faster than `generate` are rollouts from the same weights? (on the CPU)",
+        settings={
+            "model": folder.resolve().name,
+            "temperature": TEMPERATURE,
+            "seed": SEED,
+            "num_threads": torch.get_num_threads(),
+        },
+        comparisons=[_comparison(case, turns, p) for case, turns in samples.items() for p in PEERS],
+        samples=_as_json(samples),
+        remarks=remarks,
+    )
+
+
+class Bench:
+    """A model, and prompts of a step in its tokens."""
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        self.precision = Precision(HardwareSettings(device="cpu", compute_dtype="weights"))
+        self.model = load_causal_lm(str(folder), dtype=dtype, device=self.precision.device)
+        self.codec = TextCodec.from_pretrained(str(folder))
+        self._source = lines()
+
+    def check_equal(self) -> None:
+        """Fails unless the likeliest tokens are the same by all engines."""
+        prompts = self._prompts(SMALL.groups, SEED)
+        found = [
+            {
+                o.group_id: o.response.ids.tolist()
+                for o in self._outputs(name, SMALL, prompts, 0, 0.0)
+            }
+            for name in ENGINES
+        ]
+        assert all(answers == found[0] for answers in found), found
+
+    def compare(self, shape: Shape, num_turns: int) -> list[Turn]:
+        """Samples of all engines, each turn with prompts of its own."""
+        turns: list[Turn] = []
+        for turn in range(num_turns):
+            prompts = self._prompts(shape.groups, SEED + turn)
+            turns.append({name: self._measure(name, shape, prompts, turn) for name in ENGINES})
+        return turns
+
+    def limit(self, samples: Sequence[Sample]) -> str:
+        """What the products of the static engine's decode steps allow, in words."""
+        sample = samples[0]
+        num_rows = round(sample.tokens / sample.longest)
+        floor = sample.longest * products_seconds(self.model, num_rows)
+        return (
+            f"static {sample.rate:.1f} tokens/s; with nothing but the products of its decode steps "
+            f"{sample.tokens / floor:.1f} ({num_rows} rows, the mean)"
+        )
+
+    def _prompts(self, count: int, seed: int) -> list[Ids]:
+        generator = random.Random(seed)
+        texts = [passage(self._source, generator, PROMPT_CHARACTERS) for _ in range(count)]
+        chats: list[list[Message]] = [[{"role": "user", "content": text}] for text in texts]
+        return list(self.codec.encode_chats(chats, add_generation_prompt=True))
+
+    def _measure(self, name: str, shape: Shape, prompts: Sequence[Ids], seed: int) -> Sample:
+        start = time.perf_counter()
+        outputs = self._outputs(name, shape, prompts, seed, TEMPERATURE)
+        lengths = [len(output.response) for output in outputs]
+        return Sample(sum(lengths), max(lengths), time.perf_counter() - start)
+
+    def _outputs(
+        self, name: str, shape: Shape, prompts: Sequence[Ids], seed: int, temperature: float
+    ) -> Iterator[GenOutput]:
+        engine: RolloutEngine = ENGINES[name](
+            self.model,
+            self.precision,
+            endings=Endings(self.codec.end_id),
+            capacity=Capacity(shape.groups * shape.rollouts),
+        )
+        sampling = Sampling(temperature, shape.max_tokens)
+        return engine.generate(
+            [
+                GenRequest(index, ids, shape.rollouts, sampling, seed)
+                for index, ids in enumerate(prompts)
+            ]
+        )
+
+
+def products_seconds(model: PreTrainedModel, num_rows: int) -> float:
+    """Time of all linear layers, head included, on a token of so many rows."""
+    linears = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    inputs = {
+        layer.in_features: torch.randn(num_rows, layer.in_features, dtype=layer.weight.dtype)
+        for layer in linears
+    }
+
+    def products() -> None:
+        for layer in linears:
+            functional.linear(inputs[layer.in_features], layer.weight)
+
+    with torch.no_grad():
+        return statistics.median(seconds(products) for _ in range(5))
+
+
+def _comparison(case: str, turns: Sequence[Turn], peer: str) -> Comparison:
+    ratios = [turn["static"].rate / turn[peer].rate for turn in turns]
+    return Comparison(case, PEERS[peer], ratios, goal=GOAL if peer == "reference" else None)
+
+
+def _as_json(samples: dict[str, list[Turn]]) -> dict[str, list[dict[str, dict[str, float]]]]:
+    return {
+        case: [{name: sample._asdict() for name, sample in turn.items()} for turn in turns]
+        for case, turns in samples.items()
+    }
