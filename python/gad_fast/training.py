@@ -236,7 +236,11 @@ def show_plan(recipe: Recipe, inputs: Inputs, display: Display) -> None:
         ["left out", inputs.prompts.describe_left_out()],
         ["steps", f"{plan.warmup_steps} of warm-up, {plan.game_steps} of the game"],
         ["a step", f"{plan.responses_per_step} responses, <= {plan.max_tokens_per_step} tokens"],
-        ["memory", f"about {sum(known.values()):.1f} GiB ({memory})"],
+        [
+            "memory",
+            f"about {sum(known.values()):.1f} GiB at the peak of a step ({memory}), beside "
+            f"Python, its libraries and a checkpoint while it is written",
+        ],
         ["run folder", str(recipe.output)],
     ]
     display.table(recipe.name, ["what", "size"], rows)

@@ -1,7 +1,8 @@
 """How much memory a run will take, from its recipe and the configurations of its models.
 
 What stays is counted: weights, adapters, moments. What a training pass holds is found by a trial
-without data (models.live_bytes), so that it is right for whatever layers a model has.
+without data (models.live_bytes) of the largest micro-batch, laid out as for training, so that it is
+right for whatever layers a model has.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gad_fast.config import Recipe
-from gad_fast.models.live_bytes import Shape, pass_bytes
+from gad_fast.models.batch import Batch, Item
+from gad_fast.models.live_bytes import Held, pass_bytes
 from gad_fast.models.loading import (
     Precision,
     causal_lm_from_config,
@@ -24,6 +27,9 @@ from gad_fast.models.loading import (
     scorer_from_config,
 )
 from gad_fast.models.lora import AdapterSet
+from gad_fast.models.micro_batches import lay_out
+from gad_fast.models.shared_prompts import sliding_window
+from gad_fast.records import Response
 
 GIB = 2**30
 LOGITS_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
@@ -33,7 +39,15 @@ BYTES_OF_MOMENTS = {"adamw_8bit": 2 * (1 + 4 / 256), "paged_adamw_8bit": 2 * (1 
 
 _NOT_POSSIBLE = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError)
 
-Run = Callable[[PreTrainedModel, dict[str, Tensor]], Tensor]
+
+class _MicroBatch(NamedTuple):
+    """The largest of a step."""
+
+    num_groups: int
+    num_responses: int
+    """Of each group."""
+    is_only: bool
+    """Whether it is the whole step, so that no gradients are there when its pass begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +61,19 @@ class _Player:
     moments: float
     held_in_pass: float
     """By a training pass, beside weights and gradients; NaN where a trial is not possible."""
+    is_one_pass: bool
+    """Whether an update has a single micro-batch."""
+
+    def in_update(self, name: str) -> dict[str, float]:
+        """What an update holds at its peak, by what it is of.
+
+        Gradients of earlier micro-batches are there all along. Those of the first come while what
+        the pass holds goes, layer by layer.
+        """
+        gradients = self.learned
+        if self.is_one_pass:
+            gradients = max(0.0, gradients - self.held_in_pass)
+        return {f"the {name}'s gradients": gradients, "activations and logits": self.held_in_pass}
 
 
 def memory_gib(recipe: Recipe, config: PreTrainedConfig, precision: Precision) -> dict[str, float]:
@@ -78,9 +105,7 @@ def memory_gib(recipe: Recipe, config: PreTrainedConfig, precision: Precision) -
         if recipe.game.kl_coef > 0 and recipe.game.steps != 0:
             stays["reference"] = student.learned
     moments = [{"rollouts": _rollout_bytes(recipe, config, precision)}]
-    for name, player in players.items():
-        gradients = {f"the {name}'s gradients": player.learned}
-        moments.append({**gradients, "activations and logits": player.held_in_pass})
+    moments += [player.in_update(name) for name, player in players.items()]
     parts = stays | max(moments, key=_size)
     return {part: size / GIB for part, size in parts.items()}
 
@@ -96,10 +121,9 @@ def _student(recipe: Recipe, config: PreTrainedConfig, precision: Precision) -> 
         model = causal_lm_from_config(config, recipe.student.dtype)
         return _with_adapter(model, recipe, "student")
 
-    num_responses = recipe.rollout.group_size if recipe.method == "gad" else 1
-    shape = _shape(recipe, num_responses)
-    head = _head_bytes(recipe, config, precision, shape.rows * num_responses)
-    return _player(recipe, config, precision, make, shape, head)
+    size = _micro_batch(recipe, recipe.rollout.group_size if recipe.method == "gad" else 1)
+    head = _head_bytes(recipe, config, precision, size.num_groups * size.num_responses)
+    return _player(recipe, config, precision, make, size, head)
 
 
 def _discriminator(recipe: Recipe, config: PreTrainedConfig, precision: Precision) -> _Player:
@@ -114,7 +138,8 @@ def _discriminator(recipe: Recipe, config: PreTrainedConfig, precision: Precisio
         scorer.score.requires_grad_(True)
         return scorer
 
-    return _player(recipe, config, precision, make, _shape(recipe, recipe.rollout.group_size + 1))
+    size = _micro_batch(recipe, recipe.rollout.group_size + 1)
+    return _player(recipe, config, precision, make, size)
 
 
 def _player(
@@ -122,7 +147,7 @@ def _player(
     config: PreTrainedConfig,
     precision: Precision,
     make: Callable[[PreTrainedConfig], PreTrainedModel],
-    shape: Shape,
+    size: _MicroBatch,
     head: float = 0.0,
 ) -> _Player:
     model = make(config)
@@ -136,22 +161,32 @@ def _player(
             if of_moments is None
             else of_moments * sum(p.numel() for p in learned)
         ),
-        held_in_pass=head + _trial(config, make, precision, shape),
+        held_in_pass=_held_in_pass(_trial(recipe, config, make, precision, size), head),
+        is_one_pass=size.is_only,
     )
 
 
 def _trial(
+    recipe: Recipe,
     config: PreTrainedConfig,
     make: Callable[[PreTrainedConfig], PreTrainedModel],
     precision: Precision,
-    shape: Shape,
-) -> float:
-    for is_masked in (True, False):
+    size: _MicroBatch,
+) -> Held | None:
+    window = sliding_window(config)
+    can_share = window is None or window >= recipe.data.max_tokens
+    for is_shared in (True, False) if can_share else (False,):
         try:
-            return pass_bytes(config, make, _backbone(precision, is_masked=is_masked), shape)
+            batch = _longest(recipe, size, is_shared=is_shared)
+            return pass_bytes(config, make, _backbone(precision), batch)
         except _NOT_POSSIBLE:
-            continue  # layers with a state take no such mask, and some no tensors without data
-    return math.nan
+            continue  # layers with a state share no prompts, and some take no tensors without data
+    return None
+
+
+def _held_in_pass(held: Held | None, head: float) -> float:
+    """At the peak: the head's loss, which comes after the last layer, or in the backward pass."""
+    return math.nan if held is None else max(held.after_forward + head, held.at_peak)
 
 
 def _with_adapter(model: PreTrainedModel, recipe: Recipe, name: str) -> PreTrainedModel:
@@ -160,28 +195,33 @@ def _with_adapter(model: PreTrainedModel, recipe: Recipe, name: str) -> PreTrain
     return model
 
 
-def _backbone(
-    precision: Precision, *, is_masked: bool
-) -> Callable[[PreTrainedModel, dict[str, Tensor]], Tensor]:
+def _backbone(precision: Precision) -> Callable[[PreTrainedModel, Batch], Tensor]:
     # The trial is on a CPU: what a GPU keeps for the backward pass is taken to be the same.
     trial = precision.on_cpu()
 
-    def run(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-        if not is_masked:
-            del inputs["attention_mask"]
+    def run(model: PreTrainedModel, batch: Batch) -> Tensor:
         with trial.forward_pass(model):
-            output: Any = model.base_model(**inputs, use_cache=False)
+            output: Any = model.base_model(**batch.model_inputs, use_cache=False)
         return output.last_hidden_state
 
     return run
 
 
-def _shape(recipe: Recipe, num_responses: int) -> Shape:
+def _micro_batch(recipe: Recipe, num_responses: int) -> _MicroBatch:
     """The largest micro-batch, of groups as long as they may be."""
     data, batch = recipe.data, recipe.batch
-    columns = data.max_prompt_tokens + num_responses * data.max_response_tokens
-    rows = batch.tokens_per_micro_batch // columns
-    return Shape(min(max(rows, 1), batch.prompts_per_step), columns)
+    num_tokens = data.max_prompt_tokens + num_responses * data.max_response_tokens
+    num_groups = max(1, batch.tokens_per_micro_batch // num_tokens)
+    is_only = num_groups >= batch.prompts_per_step
+    return _MicroBatch(min(num_groups, batch.prompts_per_step), num_responses, is_only)
+
+
+def _longest(recipe: Recipe, size: _MicroBatch, *, is_shared: bool) -> Batch:
+    """Groups as long as they may be, laid out as for training."""
+    prompt = np.zeros(recipe.data.max_prompt_tokens, dtype=np.int32)
+    response = Response(np.zeros(recipe.data.max_response_tokens, dtype=np.int32), is_finished=True)
+    items = [Item(prompt, [response] * size.num_responses)] * size.num_groups
+    return lay_out(items, is_shared=is_shared, pad_id=0, device=torch.device("cpu"))
 
 
 def _head_bytes(
