@@ -25,6 +25,7 @@ from gad_fast.game.state import checkpoint_bytes, restore
 from gad_fast.game.symmetry import check_symmetry
 from gad_fast.game.warmup import imitate_only, warm_up
 from gad_fast.models.discriminator import Discriminator, load_discriminator
+from gad_fast.models.layers import require_compiler
 from gad_fast.models.loading import Precision, load_config, require_context
 from gad_fast.models.micro_batches import require_budget
 from gad_fast.models.student import Student, load_student
@@ -119,6 +120,7 @@ def load_inputs(recipe: Recipe) -> Inputs:
     datasets.disable_progress_bars()
     precision = Precision(recipe.hardware)
     require_optimizer(recipe.optimizer, precision.device)
+    require_compiler(recipe.hardware, precision.device)
     config = load_config(recipe.student.model)
     require_context(config, recipe.data, recipe.student.model)
     codec = TextCodec.from_pretrained(recipe.student.model)

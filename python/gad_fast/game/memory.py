@@ -196,8 +196,8 @@ def _with_adapter(model: PreTrainedModel, recipe: Recipe, name: str) -> PreTrain
 
 
 def _backbone(precision: Precision) -> Callable[[PreTrainedModel, Batch], Tensor]:
-    # The trial is on a CPU: what a GPU keeps for the backward pass is taken to be the same.
-    trial = precision.on_cpu()
+    # What a GPU keeps for the backward pass is taken to be the same; compiled layers keep less.
+    trial = precision.for_trial()
 
     def run(model: PreTrainedModel, batch: Batch) -> Tensor:
         with trial.forward_pass(model):
