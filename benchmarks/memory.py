@@ -41,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     | {"student": {"dtype": "bfloat16"}, "hardware": {"compute_dtype": "bfloat16"}},
     "adapters, layers recomputed": ADAPTERS | {"hardware": {"gradient_checkpointing": True}},
 }
-PROMPT_TOKENS, RESPONSE_TOKENS, GROUP_SIZE = 256, 32, 4
+PROMPT_TOKENS, RESPONSE_TOKENS, GROUP_SIZE = 256, 24, 3
 
 
 def recipe_of(model: str, case: str, tokens: int, folder: Path) -> Recipe:
@@ -150,7 +150,7 @@ def main() -> None:
     """Print a line a case; write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="folder of the student")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[450, 900])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[400, 800])
     parser.add_argument("--only", choices=CASES, nargs="+", default=list(CASES))
     parser.add_argument("--output", type=Path)
     parser.add_argument("--child", action="store_true", help="measure one case, here")

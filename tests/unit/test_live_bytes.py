@@ -9,20 +9,23 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
 import tiny
-from gad_fast.models.batch import Batch, Item, pad, share_prompts
+from gad_fast.models.attention import use_row_attention
+from gad_fast.models.batch import Batch, Item
 from gad_fast.models.live_bytes import pass_bytes
+from gad_fast.models.micro_batches import lay_out
 from gad_fast.records import Response
 
 
-def some_batch(layout: Any) -> Batch:
+def some_batch(*, is_shared: bool) -> Batch:
     def ids(length: int) -> Any:
         return np.arange(length, dtype=np.int32) % 5
 
     items = [Item(ids(9), [Response(ids(n), is_finished=True) for n in (7, 5, 6)])] * 2
-    return layout(items, pad_id=0, device=torch.device("cpu"))
+    return lay_out(items, is_shared=is_shared, pad_id=0, device=torch.device("cpu"))
 
 
 def run(model: PreTrainedModel, batch: Batch) -> Tensor:
+    assert use_row_attention(model)
     output: Any = model.base_model(**batch.model_inputs, use_cache=False)
     return output.last_hidden_state
 
@@ -47,11 +50,11 @@ def kept_by_autograd(model: PreTrainedModel, batch: Batch) -> int:
     return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in known)
 
 
-@pytest.mark.parametrize("layout", [share_prompts, pad])
+@pytest.mark.parametrize("is_shared", [True, False])
 @pytest.mark.parametrize("num_layers", [1, 2, 7])
-def test_a_pass_keeps_what_autograd_keeps(layout: Any, num_layers: int) -> None:
+def test_a_pass_keeps_what_autograd_keeps(is_shared: bool, num_layers: int) -> None:
     config = tiny.llama_config(num_hidden_layers=num_layers)
-    batch = some_batch(layout)
+    batch = some_batch(is_shared=is_shared)
     expected = kept_by_autograd(LlamaForCausalLM(config).eval(), batch)
     held = pass_bytes(config, without_weights, run, batch)
     # The output itself is held as well, and a few rows of numbers.
@@ -61,7 +64,7 @@ def test_a_pass_keeps_what_autograd_keeps(layout: Any, num_layers: int) -> None:
 
 def test_large_embeddings_do_not_hide_the_layers() -> None:
     """Their gradient is the peak of one layer, and of two, but not of fifty."""
-    batch = some_batch(share_prompts)
+    batch = some_batch(is_shared=True)
     held = {
         num_layers: pass_bytes(
             tiny.llama_config(num_hidden_layers=num_layers, vocab_size=5000),

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gad_fast.config import Recipe
+from gad_fast.models.attention import use_row_attention
 from gad_fast.models.batch import Batch, Item
 from gad_fast.models.live_bytes import Held, pass_bytes
 from gad_fast.models.loading import (
@@ -178,7 +179,7 @@ def _trial(
     for is_shared in (True, False) if can_share else (False,):
         try:
             batch = _longest(recipe, size, is_shared=is_shared)
-            return pass_bytes(config, make, _backbone(precision), batch)
+            return pass_bytes(config, make, _backbone(precision, is_shared=is_shared), batch)
         except _NOT_POSSIBLE:
             continue  # layers with a state share no prompts, and some take no tensors without data
     return None
@@ -195,11 +196,15 @@ def _with_adapter(model: PreTrainedModel, recipe: Recipe, name: str) -> PreTrain
     return model
 
 
-def _backbone(precision: Precision) -> Callable[[PreTrainedModel, Batch], Tensor]:
+def _backbone(
+    precision: Precision, *, is_shared: bool
+) -> Callable[[PreTrainedModel, Batch], Tensor]:
     # What a GPU keeps for the backward pass is taken to be the same; compiled layers keep less.
     trial = precision.for_trial()
 
     def run(model: PreTrainedModel, batch: Batch) -> Tensor:
+        if is_shared and not use_row_attention(model):
+            raise ValueError(f"{type(model).__name__} has an attention of its own")
         with trial.forward_pass(model):
             output: Any = model.base_model(**batch.model_inputs, use_cache=False)
         return output.last_hidden_state
