@@ -12,15 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2ForSequenceClassification,
-)
+from transformers import Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
 from gad_fast import kernels
 from gad_fast.config import HardwareSettings, LearningRateSettings, OptimizerSettings
@@ -29,19 +22,16 @@ from gad_fast.game.steps import train_discriminator, train_student
 from gad_fast.models.discriminator import Discriminator, Reader
 from gad_fast.models.loading import Precision
 from gad_fast.models.student import Student
-from gad_fast.records import EncodedExample, Example, Response
 from gad_fast.rollout.endings import Endings
 from gad_fast.rollout.engine import Capacity, Sampling
 from gad_fast.rollout.groups import GroupPlan, sample_groups
 from gad_fast.rollout.static.engine import StaticEngine
-from gad_fast.text import TextCodec
 from gpu_suite.cases import Case, Results, Row
+from gpu_suite.random_models import codec_of_two_tokens, random_examples, random_model
 from gpu_suite.scale import Scale, StepSize
 from gpu_suite.timing import synchronize
 
 TEMPERATURE = 0.8
-_END_ID = 1
-_TEMPLATE = "{% for m in messages %}{{ m['content'] }}<end>{% endfor %}"
 
 
 def cases(scale: Scale, results: Results) -> list[Case]:
@@ -65,10 +55,13 @@ class _Players:
 
     def __init__(self, size: StepSize, scale: Scale) -> None:
         precision = Precision(HardwareSettings(device=scale.device, compute_dtype=scale.dtype))
-        codec = _codec()
+        codec = codec_of_two_tokens()
+        max_tokens = size.prompt_tokens + size.response_tokens
         torch.manual_seed(0)
-        model = _random_model(Qwen2ForCausalLM, size, precision)
-        scorer = _random_model(Qwen2ForSequenceClassification, size, precision, num_labels=1)
+        model = random_model(Qwen2ForCausalLM, size.model, precision, max_tokens)
+        scorer = random_model(
+            Qwen2ForSequenceClassification, size.model, precision, max_tokens, num_labels=1
+        )
         self.student = Student(model, precision)
         self.reference = self.student.frozen_copy()
         self.discriminator = Discriminator(scorer, precision, Reader(codec, None))
@@ -86,7 +79,9 @@ class _Players:
 def _play(
     players: _Players, size: StepSize, scale: Scale, *, num_prompts: int, response_tokens: int
 ) -> list[Row]:
-    prompts = _prompts(size, num_prompts, response_tokens)
+    prompts = random_examples(
+        size.model, num_prompts, prompt_tokens=size.prompt_tokens, response_tokens=response_tokens
+    )
     sampling = Sampling(TEMPERATURE, response_tokens)
     plan = GroupPlan(size.group_size, sampling, seed=0, weight_version=0)
     groups, rollout = _timed(lambda: sample_groups(players.engine, prompts, plan), scale)
@@ -143,52 +138,7 @@ def _timed(run: Callable[[], Any], scale: Scale) -> tuple[Any, tuple[float, floa
     return result, (seconds, peak)
 
 
-def _random_model(kind: Any, size: StepSize, precision: Precision, **options: Any) -> Any:
-    config = Qwen2Config(
-        **size.model,
-        max_position_embeddings=size.prompt_tokens + size.response_tokens,
-        bos_token_id=0,
-        eos_token_id=_END_ID,
-        pad_token_id=0,
-        **options,
-    )
-    with torch.device(precision.device):
-        return kind(config).eval()
-
-
 def _optimizer(player: str, module: torch.nn.Module) -> PlayerOptimizer:
     optimizer = PlayerOptimizer(player, module.parameters(), OptimizerSettings())
     optimizer.begin_stage(LearningRateSettings(), 2)
     return optimizer
-
-
-def _prompts(size: StepSize, num_prompts: int, response_tokens: int) -> list[EncodedExample]:
-    generator = np.random.default_rng(0)
-
-    def ids(num_tokens: int) -> Any:
-        # From 2: neither padding nor an end.
-        vocabulary = size.model["vocab_size"]
-        return generator.integers(2, vocabulary, num_tokens).astype(np.int32)
-
-    example = Example([{"role": "user", "content": ""}], "")
-    return [
-        EncodedExample(
-            example, ids(size.prompt_tokens), Response(ids(response_tokens), is_finished=False)
-        )
-        for _ in range(num_prompts)
-    ]
-
-
-def _codec() -> TextCodec:
-    """Two tokens: only the end's id is asked for, since prompts are made as ids."""
-    backend = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": _END_ID}, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.add_special_tokens(["<pad>", "<end>"])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<end>",
-        pad_token="<pad>",
-        unk_token="<pad>",
-        chat_template=_TEMPLATE,
-    )
-    return TextCodec(tokenizer, source="the GPU suite")
