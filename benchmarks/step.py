@@ -7,6 +7,9 @@ other's caches or allocator. Needs `pip install -e '.[bench]'` and the quickstar
 
     python benchmarks/step.py MODEL [--size 4x4x64] [--dtype float32] [--turns 3]
                               [--output benchmarks/results/FILE.json]
+
+A side named "a group at a time" has micro-batches of one group; the others take a step of 4x4x64 at
+once, as TRL does.
 """
 
 from __future__ import annotations
@@ -30,9 +33,8 @@ from step_cost.work import SIZES, Cost
 
 NUM_STEPS = 3
 DTYPES = ("float32", "bfloat16")
-LORA = {"lora": {"rank": 16}}
 PEER = "TRL"
-SIDES = ("here", "here, LoRA", PEER)
+SIDES = (*here.WAYS, PEER)
 
 Sample = dict[str, Any]
 
@@ -47,8 +49,7 @@ def measure_here(arguments: argparse.Namespace) -> Cost:
             from step_cost import on_trl
 
             return on_trl.run(arguments.model, size, dtype, NUM_STEPS, Path(folder))
-        sections = LORA if side == "here, LoRA" else {}
-        return here.run(arguments.model, size, dtype, NUM_STEPS, Path(folder), sections)
+        return here.run(arguments.model, size, dtype, NUM_STEPS, Path(folder), side)
 
 
 def measure(side: str, arguments: argparse.Namespace) -> Sample:
@@ -97,7 +98,7 @@ def show(dtype: str, figures: dict[str, Any]) -> None:
     for side, figure in figures.items():
         phases = "  ".join(f"{name} {s:.2f}" for name, s in figure["seconds"].items())
         print(
-            f"{dtype:9} {side:10} {figure['speed_ratio']:.2f}x of {PEER}  memory "
+            f"{dtype:9} {side:29} {figure['speed_ratio']:.2f}x of {PEER}  memory "
             f"x{figure['memory_ratio']:.2f} ({figure['peak_gib']:.2f} GiB)  seconds: {phases}",
             flush=True,
         )

@@ -18,7 +18,7 @@ Shapes: T kept tokens, D width, V vocabulary, C tokens of a chunk.
 """
 
 from collections.abc import Callable
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -225,48 +225,43 @@ def linear_policy_loss(
     call = HeadCall(temperature, logits_dtype, max_workspace_mb, backend)
     is_of_sequences = options.get("ratio_level") == "sequence" and old_logp is not None
     run = _through_logprobs if is_of_sequences else _in_chunks
-    return run(hidden, labels, old_logp, advantages, mask, head, call, options)
+    return run(Given(hidden, labels, old_logp, advantages, mask), head, call, options)
+
+
+class Given(NamedTuple):
+    """Tensors of the caller, in whatever shape they came."""
+
+    hidden: Tensor
+    labels: Tensor
+    old_logp: Tensor | None
+    advantages: Tensor
+    mask: Tensor | None
 
 
 def _in_chunks(
-    hidden: Tensor,
-    labels: Tensor,
-    old_logp: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor | None,
-    head: LinearHead,
-    call: HeadCall,
-    options: PolicyOptions,
+    given: Given, head: LinearHead, call: HeadCall, options: PolicyOptions
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The way with the gradient in the forward pass."""
     objective = policy_objective(options)
-    tokens, kept = _flat_tokens(
-        hidden, head, labels, old_logp, advantages, mask, call.temperature, options
-    )
+    tokens, kept = _flat_tokens(given, head, call.temperature, options)
     loss, terms, *_ = _linear_policy_op(
         tokens.hidden, head.weight, head.bias, tokens.labels, tokens.inverse_temperature,
         *tokens.inputs, *objective, head.logit_scale, head.softcap,
-        _needs(hidden, head.weight, head.bias), call.logits_dtype,
-        workspace_bytes(call.max_workspace_mb, hidden.device),
-        resolve_head_backend(hidden, head.weight, call.backend),
+        _needs(given.hidden, head.weight, head.bias), call.logits_dtype,
+        workspace_bytes(call.max_workspace_mb, given.hidden.device),
+        resolve_head_backend(given.hidden, head.weight, call.backend),
     )  # fmt: skip
     return loss, summarize(terms, kept, tokens.labels.numel())
 
 
 def _flat_tokens(
-    hidden: Tensor,
-    head: LinearHead,
-    labels: Tensor,
-    old_logp: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor | None,
-    temperature: float | Tensor,
-    options: PolicyOptions,
+    given: Given, head: LinearHead, temperature: float | Tensor, options: PolicyOptions
 ) -> tuple[Tokens, Tensor | None]:
     """The checked arguments, flat and without what the mask leaves out; and the mask still due.
 
     While compiling, where shapes must be known, all tokens stay, and with them the mask.
     """
+    hidden, labels, old_logp, advantages, mask = given
     shape, device, dtype = hidden.shape[:-1], hidden.device, compute_dtype(hidden.dtype)
     kept = flat_mask(mask, shape, device)
     tokens = Tokens(
@@ -285,22 +280,15 @@ def _flat_tokens(
 
 
 def _through_logprobs(
-    hidden: Tensor,
-    labels: Tensor,
-    old_logp: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor | None,
-    head: LinearHead,
-    call: HeadCall,
-    options: PolicyOptions,
+    given: Given, head: LinearHead, call: HeadCall, options: PolicyOptions
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The way over all log-probabilities, for ratios of whole sequences."""
     logp, entropy = linear_token_logprobs(
-        hidden,
+        given.hidden,
         head.weight,
-        labels,
+        given.labels,
         bias=head.bias,
-        mask=mask,
+        mask=given.mask,
         ignore_index=None,  # as in the other way: the mask alone says what counts
         return_entropy=True,
         softcap=head.softcap,
@@ -312,7 +300,9 @@ def _through_logprobs(
     )
     if not options.get("entropy_coef"):
         entropy = entropy.detach()
-    return policy_loss(logp, old_logp, advantages, mask, entropy=entropy, **options)
+    return policy_loss(
+        logp, given.old_logp, given.advantages, given.mask, entropy=entropy, **options
+    )
 
 
 def _needs(*tensors: Tensor | None) -> list[bool]:

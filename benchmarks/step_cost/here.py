@@ -25,9 +25,16 @@ from step_cost.work import (
 PHASES = ("rollout", "discriminator", "student", "step")
 
 
-def run(
-    model: str, size: Size, dtype: str, num_steps: int, folder: Path, sections: dict[str, Any]
-) -> Cost:
+WAYS: dict[str, dict[str, Any]] = {
+    "here": {},
+    "here, a group at a time": {"is_thrifty": True},
+    "here, LoRA": {"lora": {"rank": 16}},
+    "here, LoRA, a group at a time": {"lora": {"rank": 16}, "is_thrifty": True},
+}
+"""Settings beyond those of the size: `[lora]`, and whether a pass holds one group only."""
+
+
+def run(model: str, size: Size, dtype: str, num_steps: int, folder: Path, way: str) -> Cost:
     """Plays a short game.
 
     Args:
@@ -36,9 +43,9 @@ def run(
         dtype: of the matrix products; the weights are float32.
         num_steps: steps, the first of which is not counted.
         folder: for data and run.
-        sections: further sections of the recipe, `lora` for one.
+        way: one of WAYS.
     """
-    recipe = _recipe(model, size, dtype, num_steps, folder, sections)
+    recipe = _recipe(model, size, dtype, num_steps, folder, WAYS[way])
     with (folder / "screen.txt").open("w") as screen:
         train(recipe, display=Display(Console(file=screen)))
     lines = [json.loads(line) for line in (recipe.output / "metrics.jsonl").open()]
@@ -51,7 +58,7 @@ def run(
 
 
 def _recipe(
-    model: str, size: Size, dtype: str, num_steps: int, folder: Path, sections: dict[str, Any]
+    model: str, size: Size, dtype: str, num_steps: int, folder: Path, way: dict[str, Any]
 ) -> Recipe:
     # One row more for the validation, which must have some.
     data = [
@@ -82,8 +89,11 @@ def _recipe(
         "rollout": {"group_size": size.group_size, "temperature": TEMPERATURE},
         "batch": {
             "prompts_per_step": size.prompts,
-            "tokens_per_micro_batch": size.tokens_per_micro_batch,
+            "tokens_per_micro_batch": (
+                size.group_tokens if way.get("is_thrifty") else size.tokens_per_micro_batch
+            ),
         },
         "hardware": {"compute_dtype": dtype},
+        "lora": way.get("lora", {}),
     }
-    return Recipe.from_values(values | sections)
+    return Recipe.from_values(values)

@@ -29,11 +29,16 @@ class Size:
         """Prompts x rollouts x tokens."""
         return f"{self.prompts}x{self.group_size}x{self.response_tokens}"
 
+    @property
+    def group_tokens(self) -> int:
+        """Most tokens of a prompt with its rollouts and the teacher's response."""
+        return MAX_PROMPT_TOKENS + (self.group_size + 1) * self.response_tokens
 
+
+MAX_PROMPT_TOKENS = 128
 SIZES = {
     size.name: size for size in (Size(2, 2, 8, 1024), Size(4, 4, 64, 2048), Size(8, 8, 128, 4096))
 }
-MAX_PROMPT_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True)

@@ -221,7 +221,7 @@ def _say_layout(display: Display, name: str, player: Student | Discriminator) ->
     if not player.shares_prompts:
         display.say(
             f"{name}: a row for each response, since its layers give other numbers when the "
-            f"responses of a prompt share it (a state, or a sliding window below data's limits)"
+            f"responses of a prompt share it (they keep a state, or attend in a way of their own)"
         )
 
 

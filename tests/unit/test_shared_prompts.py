@@ -1,5 +1,6 @@
 """A prompt that is read once for its whole group gives what a row for each response gives."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.models.mistral.modeling_mistral import MistralAttention
 
 from gad_fast.config import HardwareSettings
 from gad_fast.errors import ConfigError
@@ -47,6 +49,14 @@ CONFIGS: dict[str, Any] = {
     "gemma2": Gemma2Config(**SIZES, sliding_window=64),
     "gemma3": Gemma3TextConfig(**SIZES, sliding_window=64),
     "mistral": MistralConfig(**SIZES, sliding_window=64),
+    "gemma2, narrow": Gemma2Config(**SIZES, sliding_window=5),
+    "gemma3, narrow": Gemma3TextConfig(
+        **SIZES, sliding_window=5, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "mistral, narrow": MistralConfig(**SIZES, sliding_window=3),
+    "qwen2, narrow": Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=1
+    ),
     "gpt2": GPT2Config(vocab_size=31, n_embd=16, n_layer=2, n_head=2, n_positions=32),
 }
 CPU = torch.device("cpu")
@@ -92,7 +102,7 @@ def test_logits_equal_those_of_separate_rows(name):
     assert_close(*last, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3, narrow"])
 def test_loss_and_gradients_depend_neither_on_the_layout_nor_on_the_budget(name):
     def step(shares_prompts: bool, token_budget: int) -> tuple[list[float], torch.Tensor]:
         student = Student(model_of(CONFIGS[name]), PRECISION, max_tokens=20)
@@ -155,11 +165,29 @@ def test_a_saved_model_does_not_name_the_attention_that_it_was_trained_with(tmp_
     assert "gad_fast" not in (tmp_path / "config.json").read_text()
 
 
-def test_a_window_that_could_bind_keeps_separate_rows():
+def test_a_window_that_a_layer_does_not_ask_for_keeps_separate_rows(monkeypatch):
     model = model_of(MistralConfig(**SIZES, sliding_window=8))
+    assert can_share_prompts(model, max_tokens=9)
+    forward = MistralAttention.forward
+
+    def windowless(self, *arguments: Any, **options: Any) -> Any:
+        self.config, own = copy.copy(self.config), self.config
+        self.config.sliding_window = None
+        try:
+            return forward(self, *arguments, **options)
+        finally:
+            self.config = own
+
+    monkeypatch.setattr(MistralAttention, "forward", windowless)
     assert can_share_prompts(model, max_tokens=8)
     assert not can_share_prompts(model, max_tokens=9)
     assert not can_share_prompts(model, max_tokens=None)
+
+
+def test_attention_in_chunks_keeps_separate_rows():
+    model = model_of(LlamaConfig(**SIZES, attention_chunk_size=8))
+    assert can_share_prompts(model, max_tokens=8)
+    assert not can_share_prompts(model, max_tokens=9)
 
 
 def test_layers_that_keep_a_state_keep_separate_rows():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gad_fast.teacher.cache import TeacherCache
+from gad_fast.teacher.exchange import to_row
 from gad_fast.teacher.records import TeacherRequest, TeacherResponse
 
 NUM_CALLERS = 64
@@ -22,22 +23,7 @@ Rows = list[tuple[TeacherRequest, TeacherResponse]]
 
 def to_json(request: TeacherRequest, response: TeacherResponse) -> str:
     """The line that the peers store: what an export of the cache has."""
-    return json.dumps(
-        {
-            "teacher": request.teacher,
-            "messages": request.messages,
-            "sampling": request.sampling,
-            "sample_index": request.sample_index,
-            "teacher_response": response.text,
-            "finish_reason": response.finish_reason,
-            "num_prompt_tokens": response.num_prompt_tokens,
-            "num_response_tokens": response.num_response_tokens,
-            "cost": response.cost,
-            "created": response.created,
-            "flags": list(response.flags),
-        },
-        ensure_ascii=False,
-    )
+    return json.dumps(to_row(request, response), ensure_ascii=False)
 
 
 def jsonl_fsync(path: Path, rows: Rows) -> float:

@@ -29,7 +29,6 @@ from gad_fast.models.loading import (
 )
 from gad_fast.models.lora import AdapterSet
 from gad_fast.models.micro_batches import lay_out
-from gad_fast.models.shared_prompts import sliding_window
 from gad_fast.records import Response
 
 GIB = 2**30
@@ -174,9 +173,7 @@ def _trial(
     precision: Precision,
     size: _MicroBatch,
 ) -> Held | None:
-    window = sliding_window(config)
-    can_share = window is None or window >= recipe.data.max_tokens
-    for is_shared in (True, False) if can_share else (False,):
+    for is_shared in (True, False):
         try:
             batch = _longest(recipe, size, is_shared=is_shared)
             return pass_bytes(config, make, _backbone(precision, is_shared=is_shared), batch)

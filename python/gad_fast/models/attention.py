@@ -4,12 +4,16 @@ In a micro-batch of `SharedPrompts` all tokens lie end to end, each prompt once.
 sees single tokens; attention alone must know which belong together. It gathers the rows `[prompt]
 [response]` and attends in each as in any sequence, causally and without a mask, which is what fast
 kernels are for. A mask over all tokens of a group would cost the square of them, most of it masked.
+Layers with a window that is shorter than the rows are the only ones with a mask, of one row's size.
 
 Shapes: T tokens, N responses, L tokens of the longest row, H heads.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Generator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,6 +23,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "gad_fast"
+
+_windows: ContextVar[list[int | None] | None] = ContextVar("windows", default=None)
 
 
 def use_row_attention(model: PreTrainedModel) -> bool:
@@ -43,6 +49,17 @@ def rows_as_mask(tokens: Tensor, places: Tensor) -> Tensor:
     return mask
 
 
+@contextlib.contextmanager
+def windows_noted() -> Generator[list[int | None]]:
+    """The window that each layer asks for when it attends in rows; None for all tokens."""
+    windows: list[int | None] = []
+    token = _windows.set(windows)
+    try:
+        yield windows
+    finally:
+        _windows.reset(token)
+
+
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -59,16 +76,28 @@ def attend(
         key: [1, key heads, T, width].
         value: as the keys.
         attention_mask: of `rows_as_mask`, or any that the function named above takes.
-        options: of that function.
+        options: of that function; `sliding_window` counts for rows.
     """
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     tokens, num_tokens = attention_mask[0, 0], query.shape[2]
     places = attention_mask[1].flatten()[:num_tokens]
     queries, keys, values = (_gather(states, tokens) for states in (query, key, value))
+    mask = _window_mask(tokens.shape[1], options.get("sliding_window"), query.device)
     # [N, L, H, width]
-    output, _ = sdpa_attention_forward(module, queries, keys, values, None, **options)
+    output, _ = sdpa_attention_forward(module, queries, keys, values, mask, **options)
     return output.flatten(0, 1).index_select(0, places)[None], None
+
+
+def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Boolean [1, 1, L, L], the last `window` tokens of each; None where that is all of them."""
+    noted = _windows.get()
+    if noted is not None:
+        noted.append(window)
+    if window is None or window >= length:
+        return None
+    is_seen = torch.ones(1, 1, length, length, dtype=torch.bool, device=device)
+    return is_seen.tril().triu(1 - window)
 
 
 def _gather(states: Tensor, tokens: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gad_fast.models.attention import use_row_attention
+from gad_fast.models.attention import use_row_attention, windows_noted
 from gad_fast.models.batch import Batch, Item, pad, share_prompts
 from gad_fast.records import Response
 
@@ -24,31 +25,43 @@ def can_share_prompts(model: PreTrainedModel, *, max_tokens: int | None) -> bool
 
     Args:
         model: a language model or a scorer.
-        max_tokens: most tokens of a prompt with one response, None where it is not known. A sliding
-            window below it would have to be a mask, and rows have none.
+        max_tokens: most tokens of a prompt with one response, None where it is not known. Windows
+            below it are too long for the proof; that each layer asks for its own has to do.
     """
     parameter = next(model.parameters())
-    window = sliding_window(model.config)
-    has_window = window is not None and (max_tokens is None or window < max_tokens)
-    if parameter.dtype not in _TOLERANCE or has_window or not use_row_attention(model):
+    if parameter.dtype not in _TOLERANCE or not use_row_attention(model):
         return False
-    items = _sample(model)
+    items, device = _sample(model), parameter.device
     try:
-        with torch.no_grad():
-            shared = _last_tokens(model, share_prompts(items, device=parameter.device))
-            padded = _last_tokens(model, pad(items, pad_id=0, device=parameter.device))
+        with torch.no_grad(), windows_noted() as windows:
+            shared = _last_tokens(model, share_prompts(items, device=device))
+            padded = _last_tokens(model, pad(items, pad_id=0, device=device))
     except (RuntimeError, ValueError, IndexError, TypeError):
         return False  # such rows are not taken at all
     limit = _TOLERANCE[parameter.dtype] * padded.abs().max()
-    return bool((shared - padded).abs().max() <= limit)
+    is_same = bool((shared - padded).abs().max() <= limit)
+    return is_same and _are_narrow_windows_asked_for(model.config, windows, max_tokens)
+
+
+def _are_narrow_windows_asked_for(
+    config: PreTrainedConfig, windows: Sequence[int | None], max_tokens: int | None
+) -> bool:
+    window = sliding_window(config)
+    if window is None or (max_tokens is not None and max_tokens <= window):
+        return True
+    text: Any = config.get_text_config()
+    types = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
+    return windows.count(window) == len(types) - types.count("full_attention")
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:
     """How many tokens the narrowest layers see, None where all see the whole sequence."""
     text: Any = config.get_text_config()
+    sliding = getattr(text, "sliding_window", None)
     if getattr(text, "use_sliding_window", True) is False:
-        return None
-    return getattr(text, "sliding_window", None)
+        sliding = None
+    limits = (sliding, getattr(text, "attention_chunk_size", None))
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _sample(model: PreTrainedModel) -> list[Item]:

@@ -24,7 +24,9 @@ def export_rows(rows: Iterable[CachedResponse], output: Path) -> int:
     Raises:
         CacheError: the name ends in neither `.jsonl` nor `.parquet`, or the file cannot be written.
     """
-    return _write_whole((_to_row(cached) for cached in rows), output, _write_parquet)
+    return _write_whole(
+        (to_row(cached.request, cached.response) for cached in rows), output, _write_parquet
+    )
 
 
 def export_messages(rows: Iterable[CachedResponse], output: Path) -> int:
@@ -54,6 +56,23 @@ def _write_whole(
     return num_rows
 
 
+def to_row(request: TeacherRequest, response: TeacherResponse) -> Row:
+    """What an export holds of a response."""
+    return {
+        "teacher": request.teacher,
+        "messages": request.messages,
+        "sampling": request.sampling,
+        "sample_index": request.sample_index,
+        "teacher_response": response.text,
+        "finish_reason": response.finish_reason,
+        "num_prompt_tokens": response.num_prompt_tokens,
+        "num_response_tokens": response.num_response_tokens,
+        "cost": response.cost,
+        "created": response.created,
+        "flags": list(response.flags),
+    }
+
+
 def import_rows(source: Path) -> Iterator[tuple[TeacherRequest, TeacherResponse]]:
     """The rows of an exported file, or of one with at least the columns that have no default.
 
@@ -77,23 +96,6 @@ def _choose(path: Path, by_suffix: dict[str, T]) -> T:
     if path.suffix in by_suffix:
         return by_suffix[path.suffix]
     raise CacheError(f"cannot tell the format of {path}: its name must end in .jsonl or .parquet")
-
-
-def _to_row(cached: CachedResponse) -> Row:
-    request, response = cached.request, cached.response
-    return {
-        "teacher": request.teacher,
-        "messages": request.messages,
-        "sampling": request.sampling,
-        "sample_index": request.sample_index,
-        "teacher_response": response.text,
-        "finish_reason": response.finish_reason,
-        "num_prompt_tokens": response.num_prompt_tokens,
-        "num_response_tokens": response.num_response_tokens,
-        "cost": response.cost,
-        "created": response.created,
-        "flags": list(response.flags),
-    }
 
 
 def _to_messages(cached: CachedResponse) -> Row:
