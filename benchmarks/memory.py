@@ -3,6 +3,11 @@
 Short runs in a process each: the most memory that a run added to the process, against the
 estimate. glibc's malloc is told to give large blocks back, as an allocator of a GPU does; left to
 itself it keeps up to as much again of what was freed.
+
+    python benchmarks/memory.py MODEL [--tokens 400 800] [--only CASE ...] [--output FILE.json]
+                                [--measured FILE.json]
+
+`--measured` takes the measurements of another result, and makes only the estimates anew.
 """
 
 from __future__ import annotations
@@ -85,14 +90,20 @@ def recipe_of(model: str, case: str, tokens: int, folder: Path) -> Recipe:
     return Recipe.from_values(values)
 
 
-def measure(model: str, case: str, tokens: int) -> dict[str, float]:
-    """Estimate and measurement in this process, in GiB."""
+def estimate(model: str, case: str, tokens: int) -> dict[str, float]:
+    """GiB by what they hold."""
+    with tempfile.TemporaryDirectory() as name:
+        return load_inputs(recipe_of(model, case, tokens, Path(name))).plan.memory_gib
+
+
+def measure(model: str, case: str, tokens: int) -> float:
+    """GiB that a run adds to this process at its peak."""
     with tempfile.TemporaryDirectory() as name, Path("/dev/null").open("w") as screen:
         recipe = recipe_of(model, case, tokens, Path(name))
-        estimate = load_inputs(recipe).plan.memory_gib
+        load_inputs(recipe)  # what is loaded once, and what the estimate itself takes
         with peak_of_data() as peak:
             train(recipe, display=Display(Console(file=screen)))
-    return {"estimate": sum(estimate.values()), "measured": peak[0], **estimate}
+    return peak[0]
 
 
 @contextlib.contextmanager
@@ -134,10 +145,10 @@ def mapped_gib() -> float:
     return kib / 2**20
 
 
-def in_a_process(words: list[str]) -> dict[str, float]:
-    """What this program prints, given words, with large blocks given back."""
+def measure_in_a_process(model: str, case: str, tokens: int) -> float:
+    """`measure`, with large blocks given back."""
     done = subprocess.run(
-        [sys.executable, __file__, *words],
+        [sys.executable, __file__, model, "--child", "--tokens", str(tokens), "--only", case],
         check=True,
         capture_output=True,
         text=True,
@@ -153,23 +164,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[400, 800])
     parser.add_argument("--only", choices=CASES, nargs="+", default=list(CASES))
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--measured", type=Path)
     parser.add_argument("--child", action="store_true", help="measure one case, here")
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(measure(arguments.model, arguments.only[0], arguments.tokens[0])))
         return
-    results = []
-    for tokens in arguments.tokens:
-        for case in arguments.only:
-            words = [arguments.model, "--child", "--tokens", str(tokens), "--only", case]
-            result = in_a_process(words)
-            ratio = result["estimate"] / result["measured"]
-            results.append({"case": case, "tokens": tokens, "ratio": ratio, **result})
-            print(
-                f"{case:32} {tokens:5} tokens  estimate {result['estimate']:.2f} GiB  "
-                f"measured {result['measured']:.2f} GiB  ratio {ratio:.2f}",
-                flush=True,
-            )
+    cases = list(itertools.product(arguments.tokens, arguments.only))
+    known = None if arguments.measured is None else json.loads(arguments.measured.read_text())
+    results = [compare(arguments.model, case, tokens, known) for tokens, case in cases]
     if arguments.output:
         record = {
             "model": Path(arguments.model).name,
@@ -177,9 +180,38 @@ def main() -> None:
             "hardware": machine.hardware(),
             "versions": machine.versions(),
             **machine.commit(),
+            "measured_at": machine.commit()["commit"] if known is None else known["measured_at"],
             "results": results,
         }
         arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def compare(model: str, case: str, tokens: int, known: Any | None) -> dict[str, Any]:
+    """A case's line, which is printed too; measured unless a result is known."""
+    parts = estimate(model, case, tokens)
+    measured = (
+        measure_in_a_process(model, case, tokens)
+        if known is None
+        else next(
+            line["measured"]
+            for line in known["results"]
+            if (line["case"], line["tokens"]) == (case, tokens)
+        )
+    )
+    total = sum(parts.values())
+    print(
+        f"{case:32} {tokens:5} tokens  estimate {total:.2f} GiB  "
+        f"measured {measured:.2f} GiB  ratio {total / measured:.2f}",
+        flush=True,
+    )
+    return {
+        "case": case,
+        "tokens": tokens,
+        "ratio": total / measured,
+        "estimate": total,
+        "measured": measured,
+        "parts": parts,
+    }
 
 
 if __name__ == "__main__":

@@ -240,7 +240,7 @@ def show_plan(recipe: Recipe, inputs: Inputs, display: Display) -> None:
         ["a step", f"{plan.responses_per_step} responses, <= {plan.max_tokens_per_step} tokens"],
         [
             "memory",
-            f"about {sum(known.values()):.1f} GiB at the peak of a step ({memory}), beside "
+            f"about {sum(known.values()):.1f} GiB at the peak ({memory}), beside "
             f"Python, its libraries and a checkpoint while it is written",
         ],
         ["run folder", str(recipe.output)],

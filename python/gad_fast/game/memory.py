@@ -63,6 +63,8 @@ class _Player:
     """By a training pass, beside weights and gradients; NaN where a trial is not possible."""
     is_one_pass: bool
     """Whether an update has a single micro-batch."""
+    merged: float
+    """Weights that its adapter is merged into, to be saved at the end; 0 without adapters."""
 
     def in_update(self, name: str) -> dict[str, float]:
         """What an update holds at its peak, by what it is of.
@@ -77,7 +79,7 @@ class _Player:
 
 
 def memory_gib(recipe: Recipe, config: PreTrainedConfig, precision: Precision) -> dict[str, float]:
-    """GiB by what they hold, when a step needs most.
+    """GiB by what they hold, when a run needs most: in a step, or when its models are saved.
 
     Not included: Python and its libraries, and the host's copy of weights and moments while a
     checkpoint is being written.
@@ -98,7 +100,7 @@ def memory_gib(recipe: Recipe, config: PreTrainedConfig, precision: Precision) -
     players, stays = {"student": student}, {"student": student.weights + student.moments}
     if recipe.method == "gad":
         discriminator = _discriminator(recipe, config, precision)
-        is_shared = recipe.lora.rank > 0 and recipe.discriminator.model == "student"
+        is_shared = _shares_weights(recipe)
         own_weights = discriminator.learned if is_shared else discriminator.weights
         players["discriminator"] = discriminator
         stays["discriminator"] = own_weights + discriminator.moments
@@ -106,6 +108,8 @@ def memory_gib(recipe: Recipe, config: PreTrainedConfig, precision: Precision) -
             stays["reference"] = student.learned
     moments = [{"rollouts": _rollout_bytes(recipe, config, precision)}]
     moments += [player.in_update(name) for name, player in players.items()]
+    if precision.device.type == "cpu":  # they are merged on the host
+        moments.append({"merged weights": max(player.merged for player in players.values())})
     parts = stays | max(moments, key=_size)
     return {part: size / GIB for part, size in parts.items()}
 
@@ -128,18 +132,22 @@ def _student(recipe: Recipe, config: PreTrainedConfig, precision: Precision) -> 
 
 def _discriminator(recipe: Recipe, config: PreTrainedConfig, precision: Precision) -> _Player:
     settings = recipe.discriminator
+    dtype = recipe.student.dtype if _shares_weights(recipe) else settings.dtype
     if settings.model != "student":
         config = load_config(settings.model)
 
     def make(config: PreTrainedConfig) -> PreTrainedModel:
-        scorer: Any = _with_adapter(
-            scorer_from_config(config, settings.dtype), recipe, "discriminator"
-        )
+        scorer: Any = _with_adapter(scorer_from_config(config, dtype), recipe, "discriminator")
         scorer.score.requires_grad_(True)
         return scorer
 
     size = _micro_batch(recipe, recipe.rollout.group_size + 1)
     return _player(recipe, config, precision, make, size)
+
+
+def _shares_weights(recipe: Recipe) -> bool:
+    """Whether both players are adapters on the student's weights."""
+    return recipe.lora.rank > 0 and recipe.discriminator.model == "student"
 
 
 def _player(
@@ -163,6 +171,7 @@ def _player(
         ),
         held_in_pass=_held_in_pass(_trial(recipe, config, make, precision, size), head),
         is_one_pass=size.is_only,
+        merged=_bytes(p for name, p in model.named_parameters() if ".base_layer." in name),
     )
 
 
