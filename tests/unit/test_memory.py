@@ -8,6 +8,7 @@ from transformers import CohereConfig, Qwen3MoeConfig, T5Config
 import tiny
 from gad_fast.config import HardwareSettings
 from gad_fast.errors import ModelError
+from gad_fast.game import memory
 from gad_fast.game.memory import memory_gib
 from gad_fast.models.loading import Precision, load_config
 
@@ -64,6 +65,15 @@ def test_merging_adapters_is_the_peak_where_passes_hold_little(tmp_path):
     num_merged = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 2048)
     assert parts["merged weights"] * GIB == 4 * num_merged
     assert "activations and logits" not in parts
+
+
+def test_a_model_that_shares_no_prompts_fills_the_same_budget_with_rows(tmp_path, monkeypatch):
+    """Groups of 16 + 4 x 6 tokens, two at once, or three rows of 22."""
+    tiny.save_student(tmp_path / "student", num_hidden_layers=8)
+    shared = estimate(tmp_path)["activations and logits"]
+    monkeypatch.setattr(memory, "use_row_attention", lambda _: False)
+    padded = estimate(tmp_path)["activations and logits"]
+    assert 0.6 * shared < padded < 0.95 * shared
 
 
 def test_recomputed_layers_hold_less_in_a_pass(tmp_path):

@@ -228,10 +228,15 @@ def _micro_batch(recipe: Recipe, num_responses: int) -> _MicroBatch:
 
 
 def _longest(recipe: Recipe, size: _MicroBatch, *, is_shared: bool) -> Batch:
-    """Groups as long as they may be, laid out as for training."""
-    prompt = np.zeros(recipe.data.max_prompt_tokens, dtype=np.int32)
-    response = Response(np.zeros(recipe.data.max_response_tokens, dtype=np.int32), is_finished=True)
+    """Responses as long as they may be, laid out as for training."""
+    data, batch = recipe.data, recipe.batch
+    prompt = np.zeros(data.max_prompt_tokens, dtype=np.int32)
+    response = Response(np.zeros(data.max_response_tokens, dtype=np.int32), is_finished=True)
     items = [Item(prompt, [response] * size.num_responses)] * size.num_groups
+    if not is_shared:
+        num_rows = max(1, batch.tokens_per_micro_batch // data.max_tokens)
+        num_rows = min(num_rows, batch.prompts_per_step * size.num_responses)
+        items = [Item(prompt, [response])] * num_rows
     return lay_out(items, is_shared=is_shared, pad_id=0, device=torch.device("cpu"))
 
 
