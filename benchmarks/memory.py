@@ -3,12 +3,18 @@
 Short runs in a process each: the most memory that a run added to the process, against the
 estimate. glibc's malloc is told to give large blocks back, as an allocator of a GPU does; left to
 itself it keeps up to as much again of what was freed.
+
+    python benchmarks/memory.py MODEL [--tokens 400 800] [--only CASE ...] [--output FILE.json]
+                                [--measured FILE.json]
+
+`--measured` takes the measurements of another result, and makes only the estimates anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -17,13 +23,13 @@ import tempfile
 import threading
 from collections.abc import Generator
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from gad_fast import Recipe
+from gad_fast.bench import machine
 from gad_fast.run.display import Display
 from gad_fast.text import TextCodec
 from gad_fast.training import load_inputs, train
@@ -40,7 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
     | {"student": {"dtype": "bfloat16"}, "hardware": {"compute_dtype": "bfloat16"}},
     "adapters, layers recomputed": ADAPTERS | {"hardware": {"gradient_checkpointing": True}},
 }
-PROMPT_TOKENS, RESPONSE_TOKENS, GROUP_SIZE = 128, 96, 4
+PROMPT_TOKENS, RESPONSE_TOKENS, GROUP_SIZE = 256, 24, 3
 
 
 def recipe_of(model: str, case: str, tokens: int, folder: Path) -> Recipe:
@@ -63,13 +69,20 @@ def recipe_of(model: str, case: str, tokens: int, folder: Path) -> Recipe:
             "train": str(data),
             "max_prompt_tokens": PROMPT_TOKENS,
             "max_response_tokens": RESPONSE_TOKENS,
-            "max_validation_prompts": 2,
+            "validation_fraction": 0.5,
+            "max_validation_prompts": 1,
         },
         # So hot that no rollout ends before the limit.
         "rollout": {"group_size": GROUP_SIZE, "temperature": 20.0},
         "batch": {"prompts_per_step": 2, "tokens_per_micro_batch": tokens},
-        "warmup": {"steps": 1, "discriminator_only_steps": 1, "discriminator": rate},
-        "game": {"steps": 2, "student": rate, "discriminator": rate},
+        # After warm-up both players have their moments: the first step of the game holds all.
+        "warmup": {
+            "steps": 1,
+            "discriminator_only_steps": 0,
+            "student": rate,
+            "discriminator": rate,
+        },
+        "game": {"steps": 1, "student": rate, "discriminator": rate},
         "hardware": {"device": "cpu", "compute_dtype": "float32"},
     }
     for section, settings in CASES[case].items():
@@ -77,24 +90,33 @@ def recipe_of(model: str, case: str, tokens: int, folder: Path) -> Recipe:
     return Recipe.from_values(values)
 
 
-def measure(model: str, case: str, tokens: int) -> dict[str, float]:
-    """Estimate and measurement in this process, in GiB."""
+def estimate(model: str, case: str, tokens: int) -> dict[str, float]:
+    """GiB by what they hold."""
+    with tempfile.TemporaryDirectory() as name:
+        return load_inputs(recipe_of(model, case, tokens, Path(name))).plan.memory_gib
+
+
+def measure(model: str, case: str, tokens: int) -> float:
+    """GiB that a run adds to this process at its peak."""
     with tempfile.TemporaryDirectory() as name, Path("/dev/null").open("w") as screen:
         recipe = recipe_of(model, case, tokens, Path(name))
-        estimate = load_inputs(recipe).plan.memory_gib
+        load_inputs(recipe)  # what is loaded once, and what the estimate itself takes
         with peak_of_data() as peak:
             train(recipe, display=Display(Console(file=screen)))
-    return {"estimate": sum(estimate.values()), "measured": peak[0], **estimate}
+    return peak[0]
 
 
 @contextlib.contextmanager
 def peak_of_data() -> Generator[list[float]]:
-    """GiB by which the memory of this process grew at most, without code and mapped files."""
-    before, peak, is_over = _data_gib(), [0.0], threading.Event()
+    """GiB by which data in the memory of this process grew at most, mapped weights included."""
+    before, peak, is_over = data_gib(), [0.0], threading.Event()
 
     def watch() -> None:
+        weights, turns = 0.0, itertools.count()
         while not is_over.wait(0.005):
-            peak[0] = max(peak[0], _data_gib() - before)
+            if next(turns) % 100 == 0:  # it costs more to look up, and stays for long
+                weights = mapped_gib()
+            peak[0] = max(peak[0], data_gib() + weights - before)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -105,15 +127,28 @@ def peak_of_data() -> Generator[list[float]]:
         watcher.join()
 
 
-def _data_gib() -> float:
+def data_gib() -> float:
+    """What this process has written to memory, in GiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 2**20
 
 
-def in_a_process(words: list[str]) -> dict[str, float]:
-    """What this program prints, given words, with large blocks given back."""
+def mapped_gib() -> float:
+    """GiB of weights that are read where their file is mapped: those that training leaves."""
+    kib, is_weights = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        key, _, rest = line.partition(" ")
+        if not key.endswith(":"):
+            is_weights = rest.endswith(".safetensors")
+        elif is_weights and key in ("Rss:", "Anonymous:"):
+            kib += int(rest.split()[0]) * (1 if key == "Rss:" else -1)
+    return kib / 2**20
+
+
+def measure_in_a_process(model: str, case: str, tokens: int) -> float:
+    """`measure`, with large blocks given back."""
     done = subprocess.run(
-        [sys.executable, __file__, *words],
+        [sys.executable, __file__, model, "--child", "--tokens", str(tokens), "--only", case],
         check=True,
         capture_output=True,
         text=True,
@@ -126,34 +161,57 @@ def main() -> None:
     """Print a line a case; write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="folder of the student")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[700, 1300])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[400, 800])
     parser.add_argument("--only", choices=CASES, nargs="+", default=list(CASES))
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--measured", type=Path)
     parser.add_argument("--child", action="store_true", help="measure one case, here")
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(measure(arguments.model, arguments.only[0], arguments.tokens[0])))
         return
-    results = []
-    for tokens in arguments.tokens:
-        for case in arguments.only:
-            words = [arguments.model, "--child", "--tokens", str(tokens), "--only", case]
-            result = in_a_process(words)
-            ratio = result["estimate"] / result["measured"]
-            results.append({"case": case, "tokens": tokens, "ratio": ratio, **result})
-            print(
-                f"{case:32} {tokens:5} tokens  estimate {result['estimate']:.2f} GiB  "
-                f"measured {result['measured']:.2f} GiB  ratio {ratio:.2f}",
-                flush=True,
-            )
+    cases = list(itertools.product(arguments.tokens, arguments.only))
+    known = None if arguments.measured is None else json.loads(arguments.measured.read_text())
+    results = [compare(arguments.model, case, tokens, known) for tokens, case in cases]
     if arguments.output:
         record = {
             "model": Path(arguments.model).name,
             "date": datetime.now(UTC).date().isoformat(),
-            "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+            "hardware": machine.hardware(),
+            "versions": machine.versions(),
+            **machine.commit(),
+            "measured_at": machine.commit()["commit"] if known is None else known["measured_at"],
             "results": results,
         }
         arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def compare(model: str, case: str, tokens: int, known: Any | None) -> dict[str, Any]:
+    """A case's line, which is printed too; measured unless a result is known."""
+    parts = estimate(model, case, tokens)
+    measured = (
+        measure_in_a_process(model, case, tokens)
+        if known is None
+        else next(
+            line["measured"]
+            for line in known["results"]
+            if (line["case"], line["tokens"]) == (case, tokens)
+        )
+    )
+    total = sum(parts.values())
+    print(
+        f"{case:32} {tokens:5} tokens  estimate {total:.2f} GiB  "
+        f"measured {measured:.2f} GiB  ratio {total / measured:.2f}",
+        flush=True,
+    )
+    return {
+        "case": case,
+        "tokens": tokens,
+        "ratio": total / measured,
+        "estimate": total,
+        "measured": measured,
+        "parts": parts,
+    }
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""A step of the game, here and on TRL's GRPOTrainer; and what each saving of the trainer is worth.
+"""A step of the game, here and on TRL's GRPOTrainer.
 
 Question: how much faster, and in how much less memory, is a step than what a user would build
 instead? Each measurement is a process of its own, turn by turn, so that neither side warms the
 other's caches or allocator. Needs `pip install -e '.[bench]'` and the quickstart's student.
+`gad-fast bench step` has what each saving of the trainer's part is worth.
 
-    python benchmarks/step.py MODEL [--part whole|trainer] [--size 4x4x64] [--dtype float32]
-                              [--turns 3] [--output benchmarks/results/FILE.json]
+    python benchmarks/step.py MODEL [--size 4x4x64] [--dtype float32] [--turns 3]
+                              [--output benchmarks/results/FILE.json]
 
 A side named "a group at a time" has micro-batches of one group; the others take a step of 4x4x64 at
 once, as TRL does.
@@ -27,13 +28,13 @@ from typing import Any
 
 import torch
 
-from step_cost import here, trainer_part
+from step_cost import here
 from step_cost.work import SIZES, Cost
 
 NUM_STEPS = 3
 DTYPES = ("float32", "bfloat16")
-WHOLE = (*here.WAYS, "TRL")
-PEERS = {"whole": "TRL", "trainer": "official"}
+PEER = "TRL"
+SIDES = (*here.WAYS, PEER)
 
 Sample = dict[str, Any]
 
@@ -42,10 +43,8 @@ def measure_here(arguments: argparse.Namespace) -> Cost:
     """One side's cost, in this process."""
     torch.set_num_threads(arguments.threads)
     size, dtype, side = SIZES[arguments.size], arguments.dtype, arguments.child
-    if arguments.part == "trainer":
-        return trainer_part.run(arguments.model, size, dtype, side, NUM_STEPS)
     with tempfile.TemporaryDirectory() as folder:
-        if side == "TRL":
+        if side == PEER:
             # Imported here: the package must not pay for TRL's imports in its own process.
             from step_cost import on_trl
 
@@ -55,7 +54,7 @@ def measure_here(arguments: argparse.Namespace) -> Cost:
 
 def measure(side: str, arguments: argparse.Namespace) -> Sample:
     """`measure_here`, in a process of its own."""
-    words = [arguments.model, "--child", side, "--part", arguments.part, "--size", arguments.size]
+    words = [arguments.model, "--child", side, "--size", arguments.size]
     options = ["--dtype", arguments.dtype, "--threads", str(arguments.threads)]
     command = [sys.executable, __file__, *words, *options]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
@@ -66,11 +65,9 @@ def measure(side: str, arguments: argparse.Namespace) -> Sample:
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Medians of each side over the turns, ratios to the peer of the same turn, and all samples."""
-    sides = WHOLE if arguments.part == "whole" else tuple(trainer_part.VARIANTS)
-    peer = PEERS[arguments.part]
-    turns = [{side: measure(side, arguments) for side in sides} for _ in range(arguments.turns)]
-    return {side: _figures([turn[side] for turn in turns], [turn[peer] for turn in turns])
-            for side in sides}  # fmt: skip
+    turns = [{side: measure(side, arguments) for side in SIDES} for _ in range(arguments.turns)]
+    return {side: _figures([turn[side] for turn in turns], [turn[PEER] for turn in turns])
+            for side in SIDES}  # fmt: skip
 
 
 def _figures(own: list[Sample], peers: list[Sample]) -> dict[str, Any]:
@@ -96,12 +93,12 @@ def _tokens_per_second(sample: Sample) -> float:
     return sample["tokens"] / sample["seconds"]["step"]
 
 
-def show(dtype: str, part: str, figures: dict[str, Any]) -> None:
+def show(dtype: str, figures: dict[str, Any]) -> None:
     """A line a side."""
     for side, figure in figures.items():
         phases = "  ".join(f"{name} {s:.2f}" for name, s in figure["seconds"].items())
         print(
-            f"{dtype:9} {side:29} {figure['speed_ratio']:.2f}x of {PEERS[part]}  memory "
+            f"{dtype:9} {side:29} {figure['speed_ratio']:.2f}x of {PEER}  memory "
             f"x{figure['memory_ratio']:.2f} ({figure['peak_gib']:.2f} GiB)  seconds: {phases}",
             flush=True,
         )
@@ -116,7 +113,6 @@ def record(arguments: argparse.Namespace, results: dict[str, Any]) -> dict[str, 
         cwd=Path(__file__).parent, check=False, capture_output=True, text=True,
     ).stdout.strip()  # fmt: skip
     return {
-        "part": arguments.part,
         "size": asdict(SIZES[arguments.size]),
         "model": Path(arguments.model).name,
         "steps": NUM_STEPS - 1,
@@ -134,7 +130,6 @@ def main() -> None:
     """Print ratios; write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="folder of the student")
-    parser.add_argument("--part", choices=PEERS, default="whole")
     parser.add_argument("--size", choices=SIZES, default="4x4x64")
     parser.add_argument("--dtype", choices=DTYPES, help="only this one")
     parser.add_argument("--turns", type=int, default=3)
@@ -149,7 +144,7 @@ def main() -> None:
     for dtype in [arguments.dtype] if arguments.dtype else DTYPES:
         arguments.dtype = dtype
         results[dtype] = compare(arguments)
-        show(dtype, arguments.part, results[dtype])
+        show(dtype, results[dtype])
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(record(arguments, results), indent=1) + "\n")

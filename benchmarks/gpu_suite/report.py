@@ -126,13 +126,14 @@ def _small_operations(results: Results) -> Table:
 
 
 def _step(results: Results) -> Table:
-    table = _table("one step", "model", "phase", "seconds", "tokens/s", "GiB")
+    table = _table("one step", "model", "phase", "seconds", "tokens/s", "MFU", "GiB")
     for row in rows_of(results, "step"):
         table.add_row(
             row["model"],
             row["phase"],
             _number(row["seconds"], ".2f"),
             _number(row["tokens_per_second"], ".0f"),
+            _number(row["mfu"], ".1%"),
             _number(row["peak_gib"], ".1f"),
         )
     return table

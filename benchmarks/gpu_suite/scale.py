@@ -30,6 +30,17 @@ QWEN_15B = {
 }
 
 
+QWEN_7B = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
+
+
 class Shape(NamedTuple):
     """Of logits, or with a width of hidden states and the head on them."""
 
@@ -42,8 +53,7 @@ class Shape(NamedTuple):
         return f"T{self.T} V{self.V}{width}"
 
 
-@dataclass(frozen=True, slots=True)
-class StepSize:
+class StepSize(NamedTuple):
     """One step of the game on a model of random weights."""
 
     name: str
@@ -53,6 +63,15 @@ class StepSize:
     prompt_tokens: int
     response_tokens: int
     tokens_per_micro_batch: int
+    padded_rows: int
+    """Sequences at once in the paper's passes, which make whole logits."""
+    lora_rank: int = 0
+    """With adapters the weights are bfloat16, and layers are recomputed."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Of a prompt and a response."""
+        return self.prompt_tokens + self.response_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +151,9 @@ FULL = Scale(
     flush_mib=256,
     has_compiled_peers=True,
     steps=(
-        StepSize("Qwen2.5-0.5B", QWEN_05B, 8, 8, 256, 192, 8192),
-        StepSize("Qwen2.5-1.5B", QWEN_15B, 8, 8, 256, 192, 4096),
+        StepSize("Qwen2.5-0.5B", QWEN_05B, 8, 8, 256, 192, 8192, padded_rows=16),
+        StepSize("Qwen2.5-1.5B", QWEN_15B, 8, 8, 256, 192, 4096, padded_rows=4),
+        StepSize("Qwen2.5-7B, LoRA", QWEN_7B, 4, 8, 256, 192, 8192, padded_rows=8, lora_rank=16),
     ),
     rollouts=(
         RolloutSize("Qwen2.5-0.5B", QWEN_05B, 32, 8, 256, 512),
@@ -169,7 +189,10 @@ SMOKE = Scale(
     seconds_per_timing=0.005,
     flush_mib=1,
     has_compiled_peers=False,
-    steps=(StepSize("tiny", _TINY_MODEL, 2, 2, 6, 4, 64),),
+    steps=(
+        StepSize("tiny", _TINY_MODEL, 2, 2, 6, 4, 64, padded_rows=3),
+        StepSize("tiny, LoRA", _TINY_MODEL, 2, 2, 6, 4, 64, padded_rows=3, lora_rank=2),
+    ),
     rollouts=(RolloutSize("tiny", _TINY_MODEL, 2, 2, 6, 8),),
 )
 

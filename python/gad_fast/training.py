@@ -25,6 +25,7 @@ from gad_fast.game.state import checkpoint_bytes, restore
 from gad_fast.game.symmetry import check_symmetry
 from gad_fast.game.warmup import imitate_only, warm_up
 from gad_fast.models.discriminator import Discriminator, load_discriminator
+from gad_fast.models.layers import require_compiler
 from gad_fast.models.loading import Precision, load_config, require_context
 from gad_fast.models.micro_batches import require_budget
 from gad_fast.models.student import Student, load_student
@@ -119,6 +120,7 @@ def load_inputs(recipe: Recipe) -> Inputs:
     datasets.disable_progress_bars()
     precision = Precision(recipe.hardware)
     require_optimizer(recipe.optimizer, precision.device)
+    require_compiler(recipe.hardware, precision.device)
     config = load_config(recipe.student.model)
     require_context(config, recipe.data, recipe.student.model)
     codec = TextCodec.from_pretrained(recipe.student.model)
@@ -236,7 +238,11 @@ def show_plan(recipe: Recipe, inputs: Inputs, display: Display) -> None:
         ["left out", inputs.prompts.describe_left_out()],
         ["steps", f"{plan.warmup_steps} of warm-up, {plan.game_steps} of the game"],
         ["a step", f"{plan.responses_per_step} responses, <= {plan.max_tokens_per_step} tokens"],
-        ["memory", f"about {sum(known.values()):.1f} GiB ({memory})"],
+        [
+            "memory",
+            f"about {sum(known.values()):.1f} GiB at the peak ({memory}), beside "
+            f"Python, its libraries and a checkpoint while it is written",
+        ],
         ["run folder", str(recipe.output)],
     ]
     display.table(recipe.name, ["what", "size"], rows)

@@ -14,7 +14,16 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import tiny
-from gad_fast.bench import buffer, kernels, machine, packing, report, tokenizer
+from gad_fast.bench import (
+    buffer,
+    kernels,
+    machine,
+    packing,
+    report,
+    step,
+    tokenizer,
+    trainer_passes,
+)
 from gad_fast.bench.report import Comparison, Report
 from gad_fast.cli.main import main
 from gad_fast.errors import ConfigError
@@ -101,6 +110,24 @@ def test_kernels_are_measured_in_processes_of_their_own(tmp_path, monkeypatch):
     assert turn["token_logprobs"]["seconds"] > 0
 
 
+def test_steps_are_measured_in_processes_of_their_own(tmp_path, monkeypatch):
+    tiny.save_student(tmp_path / "student")
+    variants = {name: trainer_passes.VARIANTS[name] for name in ("here", "official")}
+    monkeypatch.setattr(step, "VARIANTS", variants)
+    monkeypatch.setattr(step, "GOALS", {"float32": 2.5})
+    output = tmp_path / "result.json"
+    assert run("step", "--quick", "--model", tmp_path / "student", "--output", output) == 0
+    record = result(output)
+    assert [(row["peer"], row["of"]) for row in record["comparisons"]] == [
+        ("official", "speed"),
+        ("official", "memory"),
+    ]
+    (turn,) = record["samples"]["float32"]
+    for sample in turn.values():
+        assert sample["discriminator"] + sample["student"] == pytest.approx(sample["step"])
+        assert 0.1 < sample["peak_gib"] < 4
+
+
 def test_a_peer_that_is_not_installed_is_said_and_left_out(monkeypatch, capsys):
     monkeypatch.setattr(packing, "find_spec", lambda _: None)
     assert run("packing", "--quick") == 0
@@ -144,6 +171,8 @@ def test_ids_that_disagree_are_not_timed(tmp_path):
         (["rollouts"], "required: --model"),
         (["rollouts", "--model", "nowhere"], "nowhere"),
         (["tokenizer", "--model", "nowhere"], "there is no tokenizer.json in nowhere"),
+        (["step"], "required: --model"),
+        (["step", "--model", "nowhere"], "there is no config.json in nowhere"),
         (["cache", "--folder", "nowhere"], "there is no folder nowhere"),
     ],
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from memory import in_a_process
+from memory import estimate, measure_in_a_process
 
 # As wide as a model must be for its tensors to outweigh Python's objects.
 SIZES = {
@@ -23,7 +23,7 @@ SIZES = {
 @pytest.mark.parametrize("case", ["all weights, float32", "adapters"])
 def test_the_estimate_is_near_what_a_run_takes(tmp_path: Path, case: str) -> None:
     tiny.save_student(tmp_path / "student", **SIZES)
-    words = [str(tmp_path / "student"), "--child", "--tokens", "700", "--only", case]
-    result = in_a_process(words)
+    arguments = (str(tmp_path / "student"), case, 700)
+    ratio = sum(estimate(*arguments).values()) / measure_in_a_process(*arguments)
     # benchmarks/memory.py has real sizes, and the limit of 15 %.
-    assert 0.75 < result["estimate"] / result["measured"] < 1.3
+    assert 0.75 < ratio < 1.3

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import itertools
 import os
 import random
 import shutil
@@ -16,8 +17,15 @@ from rich.console import Console
 import crash
 import tiny
 from gad_fast import Recipe, train
-from gad_fast.errors import CheckpointError, HealthError, Interrupted, RunFolderError
+from gad_fast.errors import (
+    CheckpointError,
+    EngineError,
+    HealthError,
+    Interrupted,
+    RunFolderError,
+)
 from gad_fast.game.loop import Step
+from gad_fast.rollout.groups import GroupsError
 from gad_fast.rollout.static.engine import StaticEngine
 from gad_fast.run import checkpoint, complete
 from gad_fast.run.display import Display
@@ -118,6 +126,47 @@ def test_rollouts_that_were_sampled_are_not_sampled_again(
     # n is 3 in a step; the checks at the start and the validation sample one a prompt.
     assert generated.count(3) == 1
     crash.assert_same(unbroken, crash.outcome(broken.output))
+
+
+def test_an_engine_that_fails_loses_only_the_groups_that_it_has_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In step 5 it fails after seven of twelve rollouts; the next start asks for the rest."""
+    every = {"samples_per_step": 4, "checkpoint_every_steps": 2}
+    train(recipe(tmp_path, "unbroken", run=every))
+    broken = recipe(tmp_path, "broken", run=every)
+    generate, asked = StaticEngine.generate, list[list[int]]()
+
+    def failing(self: StaticEngine, requests: Any) -> Any:
+        outputs = generate(self, requests)
+        is_fifth = self._weight_version == 3 and requests[0].n == 3
+        yield from itertools.islice(outputs, 7 if is_fifth else None)
+        if is_fifth:
+            raise EngineError("the device has fallen off the bus")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StaticEngine, "generate", failing)
+        with pytest.raises(GroupsError, match=r"in step 5: the device .* of 4 groups") as caught:
+            train(broken)
+    kept = {found.index for found in caught.value.found}
+    assert 0 < len(kept) < 4
+
+    def counting(self: StaticEngine, requests: Any) -> Any:
+        asked.append([r.group_id for r in requests if r.n == 3])
+        return generate(self, requests)
+
+    monkeypatch.setattr(StaticEngine, "generate", counting)
+    # What the error advises does not cost the groups.
+    patient = recipe(tmp_path, "broken", run=every, rollout={"timeout_seconds": 99.0})
+    text = go_on(patient)
+    assert f"step 5 goes on with {len(kept)} of 4 groups" in text
+    assert [sorted({0, 1, 2, 3} - kept), [0, 1, 2, 3]] == [ids for ids in asked if ids]
+    ends = [
+        [sorted(s["rollouts"]) for s in crash.records(samples) if s["step"] == 5]
+        for samples in (tmp_path / "unbroken/samples.jsonl", tmp_path / "broken/samples.jsonl")
+    ]
+    # Roundings change no token of so small a model; the order in which rollouts end is another.
+    assert ends[0] == ends[1]
 
 
 def test_a_torn_journal_is_sampled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

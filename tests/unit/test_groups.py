@@ -71,6 +71,21 @@ def test_a_failure_carries_the_engines_words_and_the_complete_groups() -> None:
     assert sorted(map(len, found.group.rollouts)) == [1, 2, 3]
 
 
+def test_groups_that_are_there_are_not_sampled_again() -> None:
+    """The others keep their own numbers, and so their own random streams."""
+    expected = sample_groups(FakeEngine(), PROMPTS, PLAN)
+    kept = {1: replace(expected[1])}
+    # Its two groups are asked for and come: six rollouts, and none is missing.
+    groups = sample_groups(FakeEngine(), PROMPTS, PLAN, kept=kept)
+    assert groups[1] is kept[1]
+    for index in (0, 2):
+        found = {rollout.ids.tobytes() for rollout in groups[index].rollouts}
+        assert found == {FakeEngine.response(index, k).ids.tobytes() for k in range(3)}
+    with pytest.raises(GroupsError, match="gave 1 of 2 whole groups") as caught:
+        sample_groups(FakeEngine(missing=1), PROMPTS, PLAN, kept=kept)
+    assert [found.index for found in caught.value.found] == [2]
+
+
 def test_an_engine_that_hangs_is_left_behind() -> None:
     release = threading.Event()
     engine = FakeEngine(missing=2, hangs=release)

@@ -10,7 +10,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("gad-fast", "numpy", "torch", "transformers", "tokenizers", "triton", "trl", "pyarrow")
+_PACKAGES = (
+    "gad-fast", "numpy", "torch", "transformers", "peft", "tokenizers", "triton", "trl", "pyarrow",
+)  # fmt: skip
 
 
 def installed_version(package: str) -> str | None:

@@ -60,12 +60,19 @@ def _rollouts(options: Options) -> Report:
     return rollouts.run(options.model, quick=options.quick)
 
 
+def _step(options: Options) -> Report:
+    from gad_fast.bench import step
+
+    return step.run(options.model, quick=options.quick)
+
+
 COMMANDS: dict[str, tuple[Callable[[Options], Report], str]] = {
     "tokenizer": (_tokenizer, "text to ids, against transformers and tokenizers"),
     "cache": (_cache, "durable responses a second and their size, against JSONL and sqlite3"),
     "buffer": (_buffer, "rollouts to tensors, against Python lists"),
     "packing": (_packing, "a million lengths into bins, against plain Python and TRL"),
     "kernels": (_kernels, "losses on the CPU, against naive autograd"),
+    "step": (_step, "training on a step's rollouts, against the passes of the paper's code"),
     "rollouts": (_rollouts, "sampling on the CPU, against generate and continuous batching"),
 }
 
@@ -100,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=summary, description=summary)
         command.add_argument("--quick", action="store_true", help="a small run, seconds")
         command.add_argument("--output", type=Path, metavar="FILE.json", help="writes the result")
-        if name in ("tokenizer", "rollouts"):
+        if name in ("tokenizer", "step", "rollouts"):
             what = "with a tokenizer.json" if name == "tokenizer" else "a student"
             command.add_argument("--model", type=Path, required=True, metavar="FOLDER", help=what)
         if name == "cache":

@@ -257,12 +257,20 @@ class Step:
             version=game.weight_version,
         )
         game.student.activate()
+        journal = game.recorder.journal
+        kept = journal.load_kept(number, self.prompts)
+        if kept:
+            game.recorder.display.say(
+                f"step {number} goes on with {len(kept)} of {len(self.prompts)} groups, which its "
+                f"engine had finished before it failed"
+            )
         try:
-            groups = sample_groups(game.engine, self.prompts, plan)
+            groups = sample_groups(game.engine, self.prompts, plan, kept=kept)
         except GroupsError as error:
+            journal.keep(number, {found.index: found.group for found in error.found})
             raise GroupsError(f"no rollouts in step {number}: {error}", error.found) from error
-        game.recorder.journal.discard(number)
-        game.recorder.journal.append(number, groups)
+        journal.discard(number)
+        journal.append(number, dict(enumerate(groups)))
         return groups
 
     def _num_tokens(self) -> int:

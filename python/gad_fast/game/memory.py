@@ -1,7 +1,8 @@
 """How much memory a run will take, from its recipe and the configurations of its models.
 
 What stays is counted: weights, adapters, moments. What a training pass holds is found by a trial
-without data (models.live_bytes), so that it is right for whatever layers a model has.
+without data (models.live_bytes) of the largest micro-batch, laid out as for training, so that it is
+right for whatever layers a model has.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gad_fast.config import Recipe
-from gad_fast.models.live_bytes import Shape, pass_bytes
+from gad_fast.models.attention import use_row_attention
+from gad_fast.models.batch import Batch, Item
+from gad_fast.models.live_bytes import Held, pass_bytes
 from gad_fast.models.loading import (
     Precision,
     causal_lm_from_config,
@@ -24,6 +28,8 @@ from gad_fast.models.loading import (
     scorer_from_config,
 )
 from gad_fast.models.lora import AdapterSet
+from gad_fast.models.micro_batches import lay_out
+from gad_fast.records import Response
 
 GIB = 2**30
 LOGITS_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
@@ -33,7 +39,15 @@ BYTES_OF_MOMENTS = {"adamw_8bit": 2 * (1 + 4 / 256), "paged_adamw_8bit": 2 * (1 
 
 _NOT_POSSIBLE = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError)
 
-Run = Callable[[PreTrainedModel, dict[str, Tensor]], Tensor]
+
+class _MicroBatch(NamedTuple):
+    """The largest of a step."""
+
+    num_groups: int
+    num_responses: int
+    """Of each group."""
+    is_only: bool
+    """Whether it is the whole step, so that no gradients are there when its pass begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +61,25 @@ class _Player:
     moments: float
     held_in_pass: float
     """By a training pass, beside weights and gradients; NaN where a trial is not possible."""
+    is_one_pass: bool
+    """Whether an update has a single micro-batch."""
+    merged: float
+    """Weights that its adapter is merged into, to be saved at the end; 0 without adapters."""
+
+    def in_update(self, name: str) -> dict[str, float]:
+        """What an update holds at its peak, by what it is of.
+
+        Gradients of earlier micro-batches are there all along. Those of the first come while what
+        the pass holds goes, layer by layer.
+        """
+        gradients = self.learned
+        if self.is_one_pass:
+            gradients = max(0.0, gradients - self.held_in_pass)
+        return {f"the {name}'s gradients": gradients, "activations and logits": self.held_in_pass}
 
 
 def memory_gib(recipe: Recipe, config: PreTrainedConfig, precision: Precision) -> dict[str, float]:
-    """GiB by what they hold, when a step needs most.
+    """GiB by what they hold, when a run needs most: in a step, or when its models are saved.
 
     Not included: Python and its libraries, and the host's copy of weights and moments while a
     checkpoint is being written.
@@ -71,16 +100,16 @@ def memory_gib(recipe: Recipe, config: PreTrainedConfig, precision: Precision) -
     players, stays = {"student": student}, {"student": student.weights + student.moments}
     if recipe.method == "gad":
         discriminator = _discriminator(recipe, config, precision)
-        is_shared = recipe.lora.rank > 0 and recipe.discriminator.model == "student"
+        is_shared = _shares_weights(recipe)
         own_weights = discriminator.learned if is_shared else discriminator.weights
         players["discriminator"] = discriminator
         stays["discriminator"] = own_weights + discriminator.moments
         if recipe.game.kl_coef > 0 and recipe.game.steps != 0:
             stays["reference"] = student.learned
     moments = [{"rollouts": _rollout_bytes(recipe, config, precision)}]
-    for name, player in players.items():
-        gradients = {f"the {name}'s gradients": player.learned}
-        moments.append({**gradients, "activations and logits": player.held_in_pass})
+    moments += [player.in_update(name) for name, player in players.items()]
+    if precision.device.type == "cpu":  # they are merged on the host
+        moments.append({"merged weights": max(player.merged for player in players.values())})
     parts = stays | max(moments, key=_size)
     return {part: size / GIB for part, size in parts.items()}
 
@@ -96,25 +125,29 @@ def _student(recipe: Recipe, config: PreTrainedConfig, precision: Precision) -> 
         model = causal_lm_from_config(config, recipe.student.dtype)
         return _with_adapter(model, recipe, "student")
 
-    num_responses = recipe.rollout.group_size if recipe.method == "gad" else 1
-    shape = _shape(recipe, num_responses)
-    head = _head_bytes(recipe, config, precision, shape.rows * num_responses)
-    return _player(recipe, config, precision, make, shape, head)
+    size = _micro_batch(recipe, recipe.rollout.group_size if recipe.method == "gad" else 1)
+    head = _head_bytes(recipe, config, precision, size.num_groups * size.num_responses)
+    return _player(recipe, config, precision, make, size, head)
 
 
 def _discriminator(recipe: Recipe, config: PreTrainedConfig, precision: Precision) -> _Player:
     settings = recipe.discriminator
+    dtype = recipe.student.dtype if _shares_weights(recipe) else settings.dtype
     if settings.model != "student":
         config = load_config(settings.model)
 
     def make(config: PreTrainedConfig) -> PreTrainedModel:
-        scorer: Any = _with_adapter(
-            scorer_from_config(config, settings.dtype), recipe, "discriminator"
-        )
+        scorer: Any = _with_adapter(scorer_from_config(config, dtype), recipe, "discriminator")
         scorer.score.requires_grad_(True)
         return scorer
 
-    return _player(recipe, config, precision, make, _shape(recipe, recipe.rollout.group_size + 1))
+    size = _micro_batch(recipe, recipe.rollout.group_size + 1)
+    return _player(recipe, config, precision, make, size)
+
+
+def _shares_weights(recipe: Recipe) -> bool:
+    """Whether both players are adapters on the student's weights."""
+    return recipe.lora.rank > 0 and recipe.discriminator.model == "student"
 
 
 def _player(
@@ -122,7 +155,7 @@ def _player(
     config: PreTrainedConfig,
     precision: Precision,
     make: Callable[[PreTrainedConfig], PreTrainedModel],
-    shape: Shape,
+    size: _MicroBatch,
     head: float = 0.0,
 ) -> _Player:
     model = make(config)
@@ -136,22 +169,31 @@ def _player(
             if of_moments is None
             else of_moments * sum(p.numel() for p in learned)
         ),
-        held_in_pass=head + _trial(config, make, precision, shape),
+        held_in_pass=_held_in_pass(_trial(recipe, config, make, precision, size), head),
+        is_one_pass=size.is_only,
+        merged=_bytes(p for name, p in model.named_parameters() if ".base_layer." in name),
     )
 
 
 def _trial(
+    recipe: Recipe,
     config: PreTrainedConfig,
     make: Callable[[PreTrainedConfig], PreTrainedModel],
     precision: Precision,
-    shape: Shape,
-) -> float:
-    for is_masked in (True, False):
+    size: _MicroBatch,
+) -> Held | None:
+    for is_shared in (True, False):
         try:
-            return pass_bytes(config, make, _backbone(precision, is_masked=is_masked), shape)
+            batch = _longest(recipe, size, is_shared=is_shared)
+            return pass_bytes(config, make, _backbone(precision, is_shared=is_shared), batch)
         except _NOT_POSSIBLE:
-            continue  # layers with a state take no such mask, and some no tensors without data
-    return math.nan
+            continue  # layers with a state share no prompts, and some take no tensors without data
+    return None
+
+
+def _held_in_pass(held: Held | None, head: float) -> float:
+    """At the peak: the head's loss, which comes after the last layer, or in the backward pass."""
+    return math.nan if held is None else max(held.after_forward + head, held.at_peak)
 
 
 def _with_adapter(model: PreTrainedModel, recipe: Recipe, name: str) -> PreTrainedModel:
@@ -161,27 +203,41 @@ def _with_adapter(model: PreTrainedModel, recipe: Recipe, name: str) -> PreTrain
 
 
 def _backbone(
-    precision: Precision, *, is_masked: bool
-) -> Callable[[PreTrainedModel, dict[str, Tensor]], Tensor]:
-    # The trial is on a CPU: what a GPU keeps for the backward pass is taken to be the same.
-    trial = precision.on_cpu()
+    precision: Precision, *, is_shared: bool
+) -> Callable[[PreTrainedModel, Batch], Tensor]:
+    # What a GPU keeps for the backward pass is taken to be the same; compiled layers keep less.
+    trial = precision.for_trial()
 
-    def run(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-        if not is_masked:
-            del inputs["attention_mask"]
+    def run(model: PreTrainedModel, batch: Batch) -> Tensor:
+        if is_shared and not use_row_attention(model):
+            raise ValueError(f"{type(model).__name__} has an attention of its own")
         with trial.forward_pass(model):
-            output: Any = model.base_model(**inputs, use_cache=False)
+            output: Any = model.base_model(**batch.model_inputs, use_cache=False)
         return output.last_hidden_state
 
     return run
 
 
-def _shape(recipe: Recipe, num_responses: int) -> Shape:
+def _micro_batch(recipe: Recipe, num_responses: int) -> _MicroBatch:
     """The largest micro-batch, of groups as long as they may be."""
     data, batch = recipe.data, recipe.batch
-    columns = data.max_prompt_tokens + num_responses * data.max_response_tokens
-    rows = batch.tokens_per_micro_batch // columns
-    return Shape(min(max(rows, 1), batch.prompts_per_step), columns)
+    num_tokens = data.max_prompt_tokens + num_responses * data.max_response_tokens
+    num_groups = max(1, batch.tokens_per_micro_batch // num_tokens)
+    is_only = num_groups >= batch.prompts_per_step
+    return _MicroBatch(min(num_groups, batch.prompts_per_step), num_responses, is_only)
+
+
+def _longest(recipe: Recipe, size: _MicroBatch, *, is_shared: bool) -> Batch:
+    """Responses as long as they may be, laid out as for training."""
+    data, batch = recipe.data, recipe.batch
+    prompt = np.zeros(data.max_prompt_tokens, dtype=np.int32)
+    response = Response(np.zeros(data.max_response_tokens, dtype=np.int32), is_finished=True)
+    items = [Item(prompt, [response] * size.num_responses)] * size.num_groups
+    if not is_shared:
+        num_rows = max(1, batch.tokens_per_micro_batch // data.max_tokens)
+        num_rows = min(num_rows, batch.prompts_per_step * size.num_responses)
+        items = [Item(prompt, [response])] * num_rows
+    return lay_out(items, is_shared=is_shared, pad_id=0, device=torch.device("cpu"))
 
 
 def _head_bytes(

@@ -91,7 +91,8 @@ def attend(
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
     """Boolean [1, 1, L, L], the last `window` tokens of each; None where that is all of them."""
-    noted = _windows.get()
+    # Compiled code cannot ask, and would be cut in two here.
+    noted = None if torch.compiler.is_compiling() else _windows.get()
     if noted is not None:
         noted.append(window)
     if window is None or window >= length:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,34 +19,53 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from gad_fast.models.batch import Batch
 
-class Shape(NamedTuple):
-    """A micro-batch."""
+Run = Callable[[PreTrainedModel, Batch], Tensor]
+"""Gives a model's hidden states of a batch."""
 
-    rows: int
-    columns: int
+
+class Held(NamedTuple):
+    """Bytes beside weights and gradients."""
+
+    after_forward: int
+    """What is kept for the backward pass."""
+    at_peak: int
 
 
 def pass_bytes(
     config: PreTrainedConfig,
     make_model: Callable[[PreTrainedConfig], PreTrainedModel],
-    run: Callable[[PreTrainedModel, dict[str, Tensor]], Tensor],
-    shape: Shape,
-) -> int:
-    """Most bytes that a pass holds beside weights and gradients.
+    run: Run,
+    batch: Batch,
+) -> Held:
+    """What a pass holds beside weights and gradients.
 
     Args:
         config: of the whole model.
         make_model: gives the model of a configuration on the device `meta`.
-        run: gives the hidden states of a model's inputs.
-        shape: of the inputs; every token sees all in its row.
+        run: what is tried.
+        batch: a micro-batch as it is laid out for training; its numbers do not matter.
     """
     num_layers = config.get_text_config().num_hidden_layers
     one, two = (
-        _trial(make_model, _with_layers(config, layers), run, shape)
+        _trial(make_model, _with_layers(config, layers), run, batch)
         for layers in (min(1, num_layers), min(2, num_layers))
     )
-    return one + (num_layers - 1) * (two - one)
+    after_forward, in_layers, _ = (
+        of_one + (num_layers - 1) * (of_two - of_one)
+        for of_one, of_two in zip(one, two, strict=True)
+    )
+    return Held(after_forward, max(in_layers, one.at_peak))
+
+
+class _Found(NamedTuple):
+    """Bytes that a trial of few layers has found."""
+
+    after_forward: int
+    in_layers: int
+    """At the peak before the gradient of the embeddings, which comes when nothing else is left."""
+    at_peak: int
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -85,12 +105,12 @@ class _LiveBytes(TorchDispatchMode):
 def _trial(
     make_model: Callable[[PreTrainedConfig], PreTrainedModel],
     config: PreTrainedConfig,
-    run: Callable[[PreTrainedModel, dict[str, Tensor]], Tensor],
-    shape: Shape,
-) -> int:
+    run: Run,
+    batch: Batch,
+) -> _Found:
     live = _LiveBytes()
     model = make_model(config)
-    with FakeTensorMode():
+    with FakeTensorMode() as mode:
         _give_storages(model)
         for parameter in model.parameters():
             live.ignore(parameter)
@@ -98,10 +118,26 @@ def _trial(
                 # As after the first micro-batch: gradients are added to those that are there.
                 parameter.grad = torch.zeros_like(parameter)
                 live.ignore(parameter.grad)
-        inputs = _inputs(shape)
+        inputs = _inputs(batch, mode)
+        peaks = _peaks_before_embeddings(model, live)
         with live:
-            run(model, inputs).sum().backward()
-    return live.peak
+            loss = run(model, inputs).sum()
+            after_forward = live.now
+            loss.backward()
+    return _Found(after_forward, peaks[0] if peaks else live.peak, live.peak)
+
+
+def _peaks_before_embeddings(model: PreTrainedModel, live: _LiveBytes) -> list[int]:
+    """A list that gets the peak so far when a backward pass arrives at the embeddings."""
+    peaks: list[int] = []
+
+    def watch(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda _: peaks.append(live.peak))
+
+    embeddings: Any = model.get_input_embeddings()
+    embeddings.register_forward_hook(watch)
+    return peaks
 
 
 def _give_storages(model: PreTrainedModel) -> None:
@@ -114,10 +150,11 @@ def _give_storages(model: PreTrainedModel) -> None:
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-def _inputs(shape: Shape) -> dict[str, Tensor]:
-    ids = torch.zeros(shape, dtype=torch.int64)
-    mask = torch.ones(shape.rows, 1, shape.columns, shape.columns, dtype=torch.bool)
-    return {"input_ids": ids, "position_ids": ids, "attention_mask": mask}
+def _inputs(batch: Batch, mode: FakeTensorMode) -> Batch:
+    """The batch with tensors without data."""
+    tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    fakes = {k: mode.from_tensor(v) for k, v in tensors.items() if isinstance(v, Tensor)}
+    return replace(batch, **fakes)
 
 
 def _with_layers(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:

@@ -19,7 +19,7 @@ from transformers import (
 
 from gad_fast.config import DataSettings, HardwareSettings
 from gad_fast.errors import ConfigError, ModelError
-from gad_fast.models.recomputation import recomputed_layers
+from gad_fast.models.layers import altered_layers
 
 _SAFE: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
 """Left open, transformers asks on the terminal, and takes pickle where there is nothing else."""
@@ -31,25 +31,30 @@ class Precision:
     def __init__(self, settings: HardwareSettings) -> None:
         self.device = _device(settings.device)
         self.compute_dtype = _compute_dtype(settings.compute_dtype, self.device)
-        self._recomputes_layers = settings.gradient_checkpointing
+        self._recomputes = settings.gradient_checkpointing
+        self._compiles = settings.compile_layers
 
     @contextlib.contextmanager
     def forward_pass(self, model: nn.Module) -> Generator[None]:
-        """Context of a model's forward pass; where gradients are recorded, thrifty if asked to be.
+        """Context of a model's forward pass; where gradients are recorded, as the settings ask.
 
         Raises:
-            ConfigError: gradient checkpointing is asked for, and the model has no layers for it.
+            ConfigError: layers are to be recomputed or compiled, and the model has none to be.
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.autocast())
-            if self._recomputes_layers and torch.is_grad_enabled():
-                stack.enter_context(recomputed_layers(model))
+            if (self._recomputes or self._compiles) and torch.is_grad_enabled():
+                stack.enter_context(
+                    altered_layers(
+                        model, is_recomputed=self._recomputes, is_compiled=self._compiles
+                    )
+                )
             yield
 
-    def on_cpu(self) -> Precision:
-        """The same precision on a CPU."""
+    def for_trial(self) -> Precision:
+        """The same precision for a pass without data: on a CPU, and with nothing compiled."""
         other = copy.copy(self)
-        other.device = torch.device("cpu")
+        other.device, other._compiles = torch.device("cpu"), False
         return other
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:

@@ -208,7 +208,8 @@ class Adapter:
         linear: Any = layer  # every kind of linear layer has its own class
         delta: Tensor = linear.get_delta_weight(self.name)
         dtype = torch.promote_types(weight.dtype, delta.dtype)
-        return (weight.to(dtype) + delta.to(dtype)).to(weight.dtype)
+        # On the host: a device that held one copy of the weights may have no room for another.
+        return (weight.to(dtype) + delta.to(dtype)).to("cpu", weight.dtype)
 
 
 def _outer(prefix: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,21 +50,42 @@ class GroupsError(EngineError):
 
 
 def sample_groups(
-    engine: RolloutEngine, prompts: Sequence[EncodedExample], plan: GroupPlan
+    engine: RolloutEngine,
+    prompts: Sequence[EncodedExample],
+    plan: GroupPlan,
+    *,
+    kept: Mapping[int, Group] | None = None,
 ) -> list[Group]:
     """Samples a group for each prompt; groups come in the order of the prompts.
+
+    Args:
+        engine: what samples.
+        prompts: what is answered.
+        plan: how.
+        kept: groups that are there already, by place of their prompt.
 
     Raises:
         GroupsError: the engine failed, gave too few rollouts, or some of older weights.
     """
-    groups = {found.index: found.group for found in iter_groups(engine, prompts, plan)}
+    groups = dict(kept or {})
+    wanted = [index for index in range(len(prompts)) if index not in groups]
+    groups |= {found.index: found.group for found in iter_groups(engine, prompts, plan, wanted)}
     return [groups[index] for index in range(len(prompts))]
 
 
 def iter_groups(
-    engine: RolloutEngine, prompts: Sequence[EncodedExample], plan: GroupPlan
+    engine: RolloutEngine,
+    prompts: Sequence[EncodedExample],
+    plan: GroupPlan,
+    wanted: Sequence[int] | None = None,
 ) -> Iterator[Found]:
     """Samples a group for each prompt; each comes when its last rollout is finished.
+
+    Args:
+        engine: what samples.
+        prompts: what is answered.
+        plan: how.
+        wanted: places of the prompts that lack a group; all where it is None.
 
     Raises:
         GroupsError: the engine failed, gave too few rollouts, or some of older weights.
@@ -72,8 +93,8 @@ def iter_groups(
     """
     _require_trainable(plan.sampling)
     requests = [
-        GenRequest(index, prompt.prompt_ids, plan.group_size, plan.sampling, plan.seed)
-        for index, prompt in enumerate(prompts)
+        GenRequest(index, prompts[index].prompt_ids, plan.group_size, plan.sampling, plan.seed)
+        for index in (range(len(prompts)) if wanted is None else wanted)
     ]
     streams = ("logprobs",) if engine.caps.logprobs else ()
     buffer = RolloutBuffer(plan.group_size, streams=streams, max_staleness=0)
@@ -85,11 +106,11 @@ def iter_groups(
                 complete.append(_found(batch, prompts))
                 yield complete[-1]
     except EngineError as error:
-        kept = f"{len(complete)} of {len(prompts)} groups are complete"
-        raise GroupsError(f"{error} ({kept})", complete) from error
-    if len(complete) < len(prompts):
+        done = f"{len(complete)} of {len(requests)} groups are complete"
+        raise GroupsError(f"{error} ({done})", complete) from error
+    if len(complete) < len(requests):
         raise GroupsError(
-            f"the engine gave {len(complete)} of {len(prompts)} whole groups of weight version "
+            f"the engine gave {len(complete)} of {len(requests)} whole groups of weight version "
             f"{plan.weight_version} ({buffer.num_dropped} were of older weights)",
             complete,
         )

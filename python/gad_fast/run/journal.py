@@ -1,7 +1,9 @@
 """The journal of rollouts: what the engine has given since the last checkpoint, on the disk.
 
 A file a step, of records of a length, a checksum and a payload in safetensors. A crash tears the
-last record at most: reading ends there.
+last record at most: reading ends there. What a failed engine had finished of a step stands in a
+file of its own: to sample the rest beside other rollouts gives other roundings, so that a step that
+was merely cut off is sampled anew, bit for bit as it was.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import os
 import shutil
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,45 +37,29 @@ class _Record:
 
 
 class Journal:
-    """Groups by step; `append` returns when they are on the disk."""
+    """Groups by step and by place of their prompt; on the disk when they are written."""
 
     def __init__(self, root: Path) -> None:
         self._folder = root / "journal"
 
-    def append(self, step: int, groups: Sequence[Group], *, first: int = 0) -> None:
-        """Writes groups of a step down.
+    def append(self, step: int, groups: Mapping[int, Group]) -> None:
+        """Writes groups of a step down."""
+        self._append(self._path(step), groups)
 
-        Args:
-            step: the step that they are for.
-            groups: whole groups.
-            first: place of the first among the step's prompts; the others follow it.
-        """
-        is_new_folder = not self._folder.exists()
-        self._folder.mkdir(exist_ok=True)
-        path = self._path(step)
-        with path.open("ab") as file:
-            for index, group in enumerate(groups, start=first):
-                payload = _encode(index, group)
-                file.write(_HEAD.pack(zlib.crc32(payload), len(payload)) + payload)
-            file.flush()
-            os.fsync(file.fileno())
-        sync(self._folder)
-        if is_new_folder:
-            sync(self._folder.parent)
+    def keep(self, step: int, groups: Mapping[int, Group]) -> None:
+        """Writes down what an engine had finished of a step before it failed."""
+        self._append(self._path_of_kept(step), groups)
 
     def load(self, step: int, prompts: Sequence[EncodedExample]) -> dict[int, Group]:
-        """The journalled groups of a step by place of their prompt; none of other prompts'."""
-        found: dict[int, Group] = {}
-        for record in _read(self._path(step)):
-            index = record.index
-            if index < len(prompts) and np.array_equal(
-                prompts[index].prompt_ids, record.prompt_ids
-            ):
-                found[index] = Group(prompts[index], record.rollouts, record.logprobs)
-        return found
+        """The journalled groups of a step; none of other prompts'."""
+        return _load(self._path(step), prompts)
+
+    def load_kept(self, step: int, prompts: Sequence[EncodedExample]) -> dict[int, Group]:
+        """Likewise, of what was kept."""
+        return _load(self._path_of_kept(step), prompts)
 
     def discard(self, step: int) -> None:
-        """Removes what is there of a step."""
+        """Removes what `append` has written of a step."""
         self._path(step).unlink(missing_ok=True)
 
     def clear(self) -> None:
@@ -82,12 +68,37 @@ class Journal:
 
     def forget(self, last_step: int) -> None:
         """Removes the steps up to `last_step`, which a checkpoint holds the outcome of."""
-        for path in self._folder.glob("step-*.groups"):
+        for path in self._folder.glob("step-*"):
             if int(path.stem.removeprefix("step-")) <= last_step:
                 path.unlink()
 
+    def _append(self, path: Path, groups: Mapping[int, Group]) -> None:
+        is_new_folder = not self._folder.exists()
+        self._folder.mkdir(exist_ok=True)
+        with path.open("ab") as file:
+            for index, group in groups.items():
+                payload = _encode(index, group)
+                file.write(_HEAD.pack(zlib.crc32(payload), len(payload)) + payload)
+            file.flush()
+            os.fsync(file.fileno())
+        sync(self._folder)
+        if is_new_folder:
+            sync(self._folder.parent)
+
     def _path(self, step: int) -> Path:
         return self._folder / f"step-{step:06d}.groups"
+
+    def _path_of_kept(self, step: int) -> Path:
+        return self._folder / f"step-{step:06d}.kept"
+
+
+def _load(path: Path, prompts: Sequence[EncodedExample]) -> dict[int, Group]:
+    found: dict[int, Group] = {}
+    for record in _read(path):
+        index = record.index
+        if index < len(prompts) and np.array_equal(prompts[index].prompt_ids, record.prompt_ids):
+            found[index] = Group(prompts[index], record.rollouts, record.logprobs)
+    return found
 
 
 def _encode(index: int, group: Group) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +31,8 @@ MAY_CHANGE = (
     "rollout.timeout_seconds",
 )
 """Keys and sections in which a recipe may differ from that of the run it goes on with."""
+KEEPS_ROLLOUTS = ("name", "output", "run", "rollout")
+"""Those in which it may differ, and what was sampled is still what it asks for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class Start:
     checkpoint: Path | None = None
     """What it goes on from; None when it begins at step 0."""
     keeps_rollouts: bool = True
-    """The recipe is the same, so that what the journal holds is what would be sampled again."""
+    """What the journal holds is what the recipe asks for, so that it is not sampled again."""
 
 
 def find_start(recipe: Recipe, *, resume: bool | None, say: Callable[[str], None]) -> Start:
@@ -72,7 +74,8 @@ def find_start(recipe: Recipe, *, resume: bool | None, say: Callable[[str], None
     checkpoint = newest_complete(path, say)
     where = f"from {checkpoint.name}" if checkpoint else "from the start: it has no checkpoint yet"
     say(f"going on with the run in {path} {where}")
-    return Start(is_new=False, checkpoint=checkpoint, keeps_rollouts=stored == recipe)
+    keeps_rollouts = all(_is_in(key, KEEPS_ROLLOUTS) for key, _, _ in _changes(stored, recipe))
+    return Start(is_new=False, checkpoint=checkpoint, keeps_rollouts=keeps_rollouts)
 
 
 def data_digest(examples: Iterable[EncodedExample]) -> str:
@@ -86,11 +89,10 @@ def data_digest(examples: Iterable[EncodedExample]) -> str:
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """`key: old -> new` of every key that differs and must not."""
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
     return [
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not _may_change(key)
+        f"{key}: {before!r} -> {after!r}"
+        for key, before, after in _changes(old, new)
+        if not _is_in(key, MAY_CHANGE)
     ]
 
 
@@ -113,8 +115,16 @@ def _stored(path: Path) -> Recipe:
         ) from error
 
 
-def _may_change(key: str) -> bool:
-    return any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE)
+def _changes(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
+    """Key, value before and value after of all that differs."""
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    pairs = ((key, before.get(key), after.get(key)) for key in sorted(before.keys() | after.keys()))
+    return [(key, was, is_now) for key, was, is_now in pairs if was != is_now]
+
+
+def _is_in(key: str, allowed: Sequence[str]) -> bool:
+    """Whether it is one of the allowed keys, or in one of the allowed sections."""
+    return any(key == one or key.startswith(one + ".") for one in allowed)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

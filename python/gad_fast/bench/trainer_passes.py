@@ -1,35 +1,27 @@
-"""The trainer's part of a step: with all savings, with one less, and as the paper's code has it.
+"""The trainer's passes of a step: as the game plays them, each saving undone, and the paper's own.
 
-The rollouts are random tokens of full length, so that every variant does the same work.
+A variant works on both players as they are: its steps update them.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from gad_fast import Recipe, TextCodec, kernels
-from gad_fast.config import HardwareSettings, LearningRateSettings, OptimizerSettings
+from gad_fast import kernels
 from gad_fast.game.optim import PlayerOptimizer
 from gad_fast.game.steps import train_discriminator, train_student
 from gad_fast.models.batch import Item, PaddedBatch, pad
-from gad_fast.models.discriminator import Discriminator, load_discriminator
-from gad_fast.models.loading import Precision
-from gad_fast.models.student import Student, load_student
-from gad_fast.records import EncodedExample, Example, Group, Response
-from step_cost.measure import peak_gib
-from step_cost.work import KL_COEF, LEARNING_RATE, MAX_PROMPT_TOKENS, TEMPERATURE, Cost, Size, rows
+from gad_fast.models.discriminator import Discriminator
+from gad_fast.models.student import Student
+from gad_fast.records import Group
 
-ROWS_AT_ONCE = 16
-"""Sequences of a micro-batch where whole logits are made."""
+TEMPERATURE = 0.8
+KL_COEF = 0.001
 
 
 @dataclass
@@ -43,6 +35,8 @@ class Table:
     discriminator_optimizer: PlayerOptimizer
     groups: list[Group]
     token_budget: int
+    padded_rows: int = 16
+    """Sequences of a micro-batch where whole logits are made."""
 
     @property
     def items(self) -> list[Item]:
@@ -50,20 +44,17 @@ class Table:
         return [Item(group.prompt.prompt_ids, group.rollouts) for group in self.groups]
 
 
-def run(model: str, size: Size, dtype: str, variant: str, num_steps: int) -> Cost:
-    """Steps of one variant; the first is not counted."""
-    table, step = _set_up(model, size, dtype), VARIANTS[variant]
-    samples = [_timed(table, step) for _ in range(num_steps)][1:]
-    seconds = {
-        phase: statistics.median(sample[phase] for sample in samples) for phase in samples[0]
-    }
-    num_tokens = size.prompts * size.group_size * size.response_tokens
-    return Cost(seconds, num_tokens, peak_gib())
-
-
 Phases = Iterator[str]
 """A step is an iterator that names each phase when it is through."""
-Step = Callable[[Table], Phases]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A way to do the passes of a step."""
+
+    step: Callable[[Table], Phases]
+    hardware: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Settings of `[hardware]` that it takes."""
 
 
 def here(table: Table) -> Phases:
@@ -129,13 +120,14 @@ def official(table: Table) -> Phases:
     yield "student"
 
 
-VARIANTS: dict[str, Step] = {
-    "here": here,
-    "a row for each response": row_for_each_response,
-    "a scoring pass": scoring_pass,
-    "old log-probs": old_logprobs,
-    "no reference": without_reference,
-    "official": official,
+VARIANTS = {
+    "here": Variant(here),
+    "a row for each response": Variant(row_for_each_response),
+    "a scoring pass": Variant(scoring_pass),
+    "old log-probs": Variant(old_logprobs),
+    "no reference": Variant(without_reference),
+    "compiled layers": Variant(here, {"compile_layers": True}),
+    "official": Variant(official),
 }
 
 
@@ -162,7 +154,8 @@ def _official_student(table: Table, items: list[Item], advantages: Tensor) -> No
 def _whole_logits(student: Student, batch: PaddedBatch) -> Tensor:
     """Log-probabilities by a log-softmax over all positions, prompts included."""
     model: Any = student.model
-    with student.precision.autocast():
+    student.activate()
+    with student.precision.forward_pass(model):
         hidden = model.base_model(**batch.model_inputs, use_cache=False).last_hidden_state
         logits = torch.nn.functional.linear(hidden, model.get_output_embeddings().weight)
     logprobs = (logits[:, :-1].float() / TEMPERATURE).log_softmax(-1)
@@ -173,8 +166,8 @@ def _whole_logits(student: Student, batch: PaddedBatch) -> Tensor:
 
 def _padded(table: Table, items: list[Item]) -> Iterator[PaddedBatch]:
     pad_id = table.discriminator.reader.codec.end_id
-    for start in range(0, len(items), ROWS_AT_ONCE):
-        part = items[start : start + ROWS_AT_ONCE]
+    for start in range(0, len(items), table.padded_rows):
+        part = items[start : start + table.padded_rows]
         yield pad(part, pad_id=pad_id, device=table.student.device)
 
 
@@ -189,67 +182,3 @@ def _train_student(table: Table, advantages: Tensor) -> None:
         temperature=TEMPERATURE,
         token_budget=table.token_budget,
     )
-
-
-def _timed(table: Table, step: Step) -> dict[str, float]:
-    start = last = time.perf_counter()
-    seconds: dict[str, float] = {}
-    for phase in step(table):
-        last, before = time.perf_counter(), last
-        seconds[phase] = last - before
-    return {**seconds, "step": last - start}
-
-
-def _set_up(model: str, size: Size, dtype: str) -> Table:
-    torch.manual_seed(0)
-    recipe = Recipe.from_values(
-        {
-            "name": "trainer part",
-            "output": Path("unused"),
-            "student": {"model": model},
-            "data": {
-                "train": "unused",
-                "max_prompt_tokens": MAX_PROMPT_TOKENS,
-                "max_response_tokens": size.response_tokens,
-            },
-            "warmup": {"steps": 0},
-            "game": {"steps": 1},
-        }
-    )
-    precision = Precision(HardwareSettings(compute_dtype=dtype))  # pyright: ignore[reportArgumentType]
-    codec = TextCodec.from_pretrained(model)
-    student = load_student(recipe, precision)
-    discriminator = load_discriminator(recipe, student, codec, precision)
-    return Table(
-        student=student,
-        reference=student.frozen_copy(),
-        discriminator=discriminator,
-        student_optimizer=_optimizer("student", student),
-        discriminator_optimizer=_optimizer("discriminator", discriminator),
-        groups=_groups(codec, size),
-        token_budget=size.tokens_per_micro_batch,
-    )
-
-
-def _optimizer(player: str, module: torch.nn.Module) -> PlayerOptimizer:
-    optimizer = PlayerOptimizer(player, module.parameters(), OptimizerSettings())
-    optimizer.begin_stage(LearningRateSettings(peak=LEARNING_RATE), 100)
-    return optimizer
-
-
-def _groups(codec: TextCodec, size: Size) -> list[Group]:
-    generator = np.random.default_rng(0)
-
-    def response() -> Response:
-        ids = generator.integers(5, codec.num_tokens - 5, size.response_tokens)
-        return Response(ids.astype(np.int32), is_finished=False)
-
-    chosen = rows(size, 1)
-    prompts = codec.encode_chats([row.messages for row in chosen], add_generation_prompt=True)
-    return [
-        Group(
-            EncodedExample(Example(row.messages, row.teacher_response), prompt_ids, response()),
-            [response() for _ in range(size.group_size)],
-        )
-        for row, prompt_ids in zip(chosen, prompts, strict=True)
-    ]
