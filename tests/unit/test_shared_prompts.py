@@ -185,7 +185,7 @@ def test_a_window_that_a_layer_does_not_ask_for_keeps_separate_rows(monkeypatch)
 
 
 def test_attention_in_chunks_keeps_separate_rows():
-    model = model_of(LlamaConfig(**SIZES, attention_chunk_size=8))
+    model = model_of(LlamaConfig.from_dict({**SIZES, "attention_chunk_size": 8}))
     assert can_share_prompts(model, max_tokens=8)
     assert not can_share_prompts(model, max_tokens=9)
 
