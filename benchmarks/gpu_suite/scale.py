@@ -74,8 +74,7 @@ class StepSize(NamedTuple):
         return self.prompt_tokens + self.response_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class RolloutSize:
+class RolloutSize(NamedTuple):
     """Rollouts of a model of random weights."""
 
     name: str

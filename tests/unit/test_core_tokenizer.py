@@ -314,9 +314,15 @@ if child == 0:
 assert os.waitpid(child, 0)[1] == 0
 """
     environment = os.environ | {"GAD_FAST_NUM_THREADS": "3"}
-    subprocess.run(
-        [sys.executable, "-c", script, str(full_path)], check=True, timeout=20, env=environment
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(full_path)],
+        check=False,
+        timeout=20,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no signal reaches another process there")

@@ -11,7 +11,6 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import ContinuousBatchingConfig, PreTrainedModel
 
 from gad_fast.errors import EngineError
@@ -73,7 +72,7 @@ class ContinuousEngine(InProcessEngine):
     def _manager(self, settings: ContinuousBatchingConfig, sampling: Sampling) -> Generator[Any]:
         model: Any = self._model
         with (
-            torch.random.fork_rng(_cuda_devices(self._precision.device)),
+            self._own_random_state(),
             without_defaults(model),
             _own_attention(model),
             model.continuous_batching_context_manager(
@@ -133,7 +132,3 @@ def _own_attention(model: PreTrainedModel) -> Generator[None]:
         yield
     finally:
         config._attn_implementation = own
-
-
-def _cuda_devices(device: torch.device) -> list[torch.device]:
-    return [device] if device.type == "cuda" else []

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
+import torch
 from transformers import PreTrainedModel
 
 from gad_fast.models.loading import Precision
@@ -38,3 +42,8 @@ class InProcessEngine:
 
     def close(self) -> None:
         """Nothing to free: what an engine takes lives as long as a call of `generate`."""
+
+    def _own_random_state(self) -> contextlib.AbstractContextManager[Any]:
+        """Context in which drawing leaves the trainer's random numbers as they are."""
+        device = self._precision.device
+        return torch.random.fork_rng([device] if device.type == "cuda" else [])

@@ -59,7 +59,7 @@ class ReferenceEngine(InProcessEngine):
         request, index = rows[0]
         with (
             told_as_engine_error(f"generate of {len(rows)} rollouts", num_rows=len(rows)),
-            torch.random.fork_rng(_cuda_devices(self._precision.device)),
+            self._own_random_state(),
             torch.no_grad(),
             self._precision.autocast(),
             without_defaults(model),
@@ -124,7 +124,3 @@ def _cache(model: PreTrainedModel) -> DynamicCache | None:
     """
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     return DynamicCache() if window == 1 else None
-
-
-def _cuda_devices(device: torch.device) -> list[torch.device]:
-    return [device] if device.type == "cuda" else []
