@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from gad_fast.cli.main import main
+from gad_fast.rollout import room
 from gad_fast.text import TextCodec
 
 PROMPTS = [{"prompt": "red sun"}, {"prompt": "one two three"}, {"prompt": "sea"}]
@@ -110,6 +111,18 @@ def test_a_mistake_is_one_line_and_leaves_no_file(
     assert told.startswith("gad-fast: ")
     assert len(told.splitlines()) == 1
     assert not list(folder.glob("never*"))
+
+
+def test_a_failure_before_the_first_answer_leaves_no_file(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--prompts", folder / "prompts.jsonl", "--output", folder / "new.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "_free_bytes", lambda _device: 10_000)
+        assert run(folder / "student", *flags, "--max-tokens", 6, "--n", 40) == 2
+    assert "rollouts fit (set max_sequences = " in capsys.readouterr().err
+    assert not list(folder.glob("new*"))
+    assert run(folder / "student", *flags, "--max-tokens", 6) == 0
 
 
 def test_an_output_that_is_there_is_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

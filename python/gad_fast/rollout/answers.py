@@ -149,12 +149,17 @@ def _answer(output: GenOutput, settings: GenerateSettings, codec: TextCodec) -> 
 def _write(output: Path, lines: Iterable[dict[str, Any]]) -> int:
     """Writes the lines; gives the number of tokens in them."""
     part, num_tokens = _part(output), 0
-    with part.open("w", encoding="utf-8") as file:
-        for line in lines:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            num_tokens += sum(answer["num_tokens"] for answer in line["answers"])
-        os.fsync(file.fileno())
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            for line in lines:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.flush()
+                num_tokens += sum(answer["num_tokens"] for answer in line["answers"])
+            os.fsync(file.fileno())
+    except BaseException:
+        if part.exists() and part.stat().st_size == 0:  # nothing to keep, and in the way next time
+            part.unlink()
+        raise
     part.rename(output)
     return num_tokens
 
