@@ -125,6 +125,7 @@ def load_inputs(recipe: Recipe) -> Inputs:
     require_context(config, recipe.data, recipe.student.model)
     codec = TextCodec.from_pretrained(recipe.student.model)
     prompts = load_prompt_set(recipe.data, codec)
+    _require_budget(recipe, prompts, shares_prompts=True)  # what it takes at least
     batches = BatchStream(prompts.train, batch_size=recipe.batch.prompts_per_step, seed=recipe.seed)
     plan = make_plan(recipe, prompts, config, precision)
     data = data_digest((*prompts.train, *prompts.validation))
@@ -152,7 +153,8 @@ def set_up(recipe: Recipe, inputs: Inputs, display: Display, start: Start) -> Ga
     if recipe.method == "gad":
         opponent = _opponent(recipe, inputs, student, engine)
         _say_layout(display, "discriminator", opponent.discriminator)
-        _require_budget(recipe, inputs.prompts, opponent.discriminator)
+        shares_prompts = opponent.discriminator.shares_prompts
+        _require_budget(recipe, inputs.prompts, shares_prompts=shares_prompts)
     logs = {} if start.checkpoint is None else read_state(start.checkpoint)["logs"]
     return Game(
         recipe=recipe,
@@ -171,16 +173,18 @@ def set_up(recipe: Recipe, inputs: Inputs, display: Display, start: Start) -> Ga
     )
 
 
-def _require_budget(recipe: Recipe, prompts: PromptSet, discriminator: Discriminator) -> None:
+def _require_budget(recipe: Recipe, prompts: PromptSet, *, shares_prompts: bool) -> None:
     """Raises ConfigError when a group of these prompts could grow over a micro-batch.
 
     The discriminator's groups are the largest: they hold the teacher's response as well.
     """
+    if recipe.method != "gad":
+        return
     limit = recipe.data.max_response_tokens
     num_rollouts = recipe.rollout.group_size
     longest = max(len(prompt.prompt_ids) for prompt in (*prompts.train, *prompts.validation))
     num_tokens = longest + (num_rollouts + 1) * limit
-    if not discriminator.shares_prompts:
+    if not shares_prompts:
         num_tokens = (num_rollouts + 1) * (longest + limit)
     require_budget(num_tokens, recipe.batch.tokens_per_micro_batch)
 

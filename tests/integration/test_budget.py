@@ -5,11 +5,13 @@ import pytest
 import tiny
 from gad_fast import train
 from gad_fast.errors import ConfigError
+from gad_fast.training import dry_run
 
 
-def test_a_budget_below_a_group_of_full_length_leaves_no_run_behind(tmp_path):
+@pytest.mark.parametrize("start", [train, dry_run])
+def test_a_budget_below_a_group_of_full_length_leaves_no_run_behind(tmp_path, start):
     recipe = tiny.recipe(tmp_path, batch={"tokens_per_micro_batch": 30})
     # Prompts of 6 tokens at most, three rollouts and the teacher's response of up to 6 each.
     with pytest.raises(ConfigError, match=r"is 30, but a group takes 3\d tokens in one pass"):
-        train(recipe)
+        start(recipe)
     assert not recipe.output.exists()
