@@ -172,6 +172,7 @@ def test_ids_that_disagree_are_not_timed(tmp_path):
         (["rollouts", "--model", "nowhere"], "nowhere"),
         (["tokenizer", "--model", "nowhere"], "there is no tokenizer.json in nowhere"),
         (["step"], "required: --model"),
+        (["step", "--model", "nowhere", "--turns", "0"], "'0' is no number of turns (1 or more)"),
         (["step", "--model", "nowhere"], "there is no config.json in nowhere"),
         (["cache", "--folder", "nowhere"], "there is no folder nowhere"),
     ],

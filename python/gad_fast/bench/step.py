@@ -55,12 +55,13 @@ WORK = Work(4, 4, 64, 64, 2048)
 QUICK_WORK = Work(2, 2, 12, 6, 1024)
 
 
-def run(model: Path, *, quick: bool) -> Report:
+def run(model: Path, *, quick: bool, num_turns: int = 3) -> Report:
     """Measures every variant in turns, each in a child process.
 
     Args:
         model: folder of the student; the discriminator gets the same backbone.
-        quick: a small run.
+        quick: a small run, once.
+        num_turns: of all variants.
 
     Raises:
         ConfigError: there is no model, or this is not Linux, which alone tells a process its peak
@@ -70,14 +71,14 @@ def run(model: Path, *, quick: bool) -> Report:
         raise ConfigError("bench step reads peak memory from /proc, which only Linux has")
     if not (model / "config.json").is_file():
         raise ConfigError(f"there is no config.json in {model} (--model wants a model's folder)")
-    work, num_steps, repeats = (QUICK_WORK, 2, 1) if quick else (WORK, 3, 3)
+    work, num_steps, num_turns = (QUICK_WORK, 2, 1) if quick else (WORK, 3, num_turns)
     threads = torch.get_num_threads()
 
     def turn(dtype: str) -> dict[str, Sample]:
         words = (str(model), asdict(work), dtype, num_steps, threads)
         return {name: _measure_in_child(name, *words) for name in VARIANTS}
 
-    turns = {dtype: [turn(dtype) for _ in range(repeats)] for dtype in GOALS}
+    turns = {dtype: [turn(dtype) for _ in range(num_turns)] for dtype in GOALS}
     return Report(
         name="step",
         is_quick=quick,

@@ -21,6 +21,7 @@ class Options(argparse.Namespace):
     output: Path | None
     model: Path
     folder: Path | None
+    turns: int
 
 
 # Imported inside: torch and transformers take seconds, and neither help nor a mistake needs them.
@@ -57,13 +58,13 @@ def _kernels(options: Options) -> Report:
 def _rollouts(options: Options) -> Report:
     from gad_fast.bench import rollouts
 
-    return rollouts.run(options.model, quick=options.quick)
+    return rollouts.run(options.model, quick=options.quick, num_turns=options.turns)
 
 
 def _step(options: Options) -> Report:
     from gad_fast.bench import step
 
-    return step.run(options.model, quick=options.quick)
+    return step.run(options.model, quick=options.quick, num_turns=options.turns)
 
 
 COMMANDS: dict[str, tuple[Callable[[Options], Report], str]] = {
@@ -100,6 +101,12 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (see gad-fast bench --help)")
 
 
+def _count(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is no number of turns (1 or more)")
+    return int(word)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="gad-fast bench", description="Times ours and its peers in one run.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="BENCHMARK")
@@ -110,6 +117,9 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("tokenizer", "step", "rollouts"):
             what = "with a tokenizer.json" if name == "tokenizer" else "a student"
             command.add_argument("--model", type=Path, required=True, metavar="FOLDER", help=what)
+        if name in ("step", "rollouts"):
+            what = "times that each side is measured; quick runs take one (default: 3)"
+            command.add_argument("--turns", type=_count, default=3, metavar="N", help=what)
         if name == "cache":
             command.add_argument(
                 "--folder", type=Path, help="on the disk to measure; the temporary folder if absent"
