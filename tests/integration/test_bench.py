@@ -4,7 +4,11 @@ import json
 import os
 import shutil
 import subprocess
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -96,6 +100,61 @@ def test_rollouts_are_compared_on_any_student(tmp_path, capsys):
     for (turn,) in record["samples"].values():
         assert turn.keys() == {"static", "continuous", "reference"}
         assert all(4 <= sample["tokens"] <= 2 * 2 * 6 for sample in turn.values())
+
+
+class _Completions(BaseHTTPRequestHandler):
+    """Serves a model that answers every prompt with its own first tokens, as vLLM would."""
+
+    gives_ids = True
+
+    def do_GET(self) -> None:
+        self._say({"object": "list", "data": [{"id": "m", "object": "model", "owned_by": "vllm"}]})
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert (asked["model"], asked["return_token_ids"]) == ("m", True)
+        ids = asked["prompt"][: asked["max_tokens"]]
+        choice: dict[str, Any] = {"text": "", "finish_reason": "length", "logprobs": None}
+        if self.gives_ids:
+            choice["token_ids"] = ids
+        choices = [{**choice, "index": index} for index in range(asked["n"])]
+        self._say({"id": "1", "object": "text_completion", "created": 1, "choices": choices})
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def _say(self, answer: dict[str, Any]) -> None:
+        body = json.dumps({"model": "m", **answer}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Completions) as http:
+        threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        yield f"http://127.0.0.1:{http.server_port}/v1"
+        http.shutdown()
+
+
+def test_a_server_of_the_same_model_is_one_more_peer(tmp_path, server, monkeypatch, capsys):
+    output, folder = tmp_path / "result.json", tmp_path / "student"
+    tiny.save_student(folder, max_position_embeddings=512)
+    words = ("rollouts", "--quick", "--model", folder, "--server", server)
+    assert run(*words, "--output", output) == 0
+    record = result(output)
+    assert [row["peer"] for row in record["comparisons"]][2::3] == ["vllm over HTTP"] * 2
+    for (turn,) in record["samples"].values():
+        assert (turn["server"]["tokens"], turn["server"]["longest"]) == (2 * 2 * 6, 6)
+    monkeypatch.setattr(_Completions, "gives_ids", False)
+    capsys.readouterr()
+    assert run(*words) == 2
+    assert "gives no token ids (vLLM does from 0.10.2 on)" in capsys.readouterr().err
+    assert run(*words[:-1], "http://127.0.0.1:1/v1") == 2
+    assert "no model is served at http://127.0.0.1:1/v1" in capsys.readouterr().err
 
 
 def test_kernels_are_measured_in_processes_of_their_own(tmp_path, monkeypatch):

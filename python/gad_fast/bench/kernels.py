@@ -78,7 +78,7 @@ def measure(name: str, dtype: str, shapes: Shapes, threads: int) -> dict[str, fl
 
 def _measure_in_child(name: str, dtype: str, shapes: Shapes, threads: int) -> dict[str, float]:
     words = json.dumps([name, dtype, shapes, threads])
-    command = [sys.executable, "-m", "gad_fast.bench.kernels", words]
+    command = [sys.executable, "-P", "-m", "gad_fast.bench.kernels", words]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 

@@ -4,7 +4,7 @@ Question: how much faster than transformers' `generate` is sampling from the sam
 same process? All engines answer the same prompts, with natural ends, turn by turn, so that a slow
 minute of the machine is a slow minute of all. `generate` goes on with finished rows until the last
 one of its batch is done; a token counts only if it is in a rollout. The limit is the time of the
-matrix products of the decode steps alone.
+matrix products of the decode steps alone. A server of the same model, as vLLM's, may take part.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from gad_fast.bench.english import lines, passage
 from gad_fast.bench.report import Comparison, Report
+from gad_fast.bench.served import ServedEngine
 from gad_fast.bench.timing import seconds
 from gad_fast.config import HardwareSettings
 from gad_fast.models.loading import Precision, load_causal_lm
@@ -80,6 +81,7 @@ def run(
     shapes: Sequence[Shape] = (SHAPE,),
     dtypes: Sequence[str] = DTYPES,
     num_turns: int = 3,
+    server: str | None = None,
 ) -> Report:
     """Samples with all engines in turns, on the CPU.
 
@@ -89,17 +91,23 @@ def run(
         shapes: rollouts of a step.
         dtypes: of weights and products.
         num_turns: of all engines.
+        server: address of a completions endpoint that serves the same model, in the same dtype and
+            with as many threads.
 
     Raises:
         ModelError: there is no such model in the folder.
+        EngineError: the server does not answer.
     """
+    served = None if server is None else ServedEngine(server)
+    if served is not None:
+        served.start()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     shapes, num_turns = ((SMALL,), 1) if quick else (shapes, num_turns)
     samples: dict[str, list[Turn]] = {}
     remarks: list[str] = []
     for dtype in dtypes:
-        bench = Bench(folder, dtype)
+        bench = Bench(folder, dtype, served)
         if dtype == "float32":
             bench.check_equal()
         bench.compare(SMALL, 1)  # what is loaded once is not an engine's
@@ -117,7 +125,11 @@ def run(
             "seed": SEED,
             "num_threads": torch.get_num_threads(),
         },
-        comparisons=[_comparison(case, turns, p) for case, turns in samples.items() for p in PEERS],
+        comparisons=[
+            _comparison(case, turns, peer, name)
+            for case, turns in samples.items()
+            for peer, name in _peers(served).items()
+        ],
         samples=_as_json(samples),
         remarks=remarks,
     )
@@ -126,11 +138,12 @@ def run(
 class Bench:
     """A model, and prompts of a step in its tokens."""
 
-    def __init__(self, folder: Path, dtype: str) -> None:
+    def __init__(self, folder: Path, dtype: str, served: ServedEngine | None = None) -> None:
         self.precision = Precision(HardwareSettings(device="cpu", compute_dtype="weights"))
         self.model = load_causal_lm(str(folder), dtype=dtype, device=self.precision.device)
         self.codec = TextCodec.from_pretrained(str(folder))
-        self._source = lines()
+        self._source, self._served = lines(), served
+        self._names = [*ENGINES, *_peers(served).keys() - PEERS.keys()]
 
     def check_equal(self) -> None:
         """Fails unless the likeliest tokens are the same by all engines."""
@@ -149,7 +162,7 @@ class Bench:
         turns: list[Turn] = []
         for turn in range(num_turns):
             prompts = self._prompts(shape.groups, SEED + turn)
-            turns.append({name: self._measure(name, shape, prompts, turn) for name in ENGINES})
+            turns.append({name: self._measure(name, shape, prompts, turn) for name in self._names})
         return turns
 
     def limit(self, samples: Sequence[Sample]) -> str:
@@ -177,18 +190,24 @@ class Bench:
     def _outputs(
         self, name: str, shape: Shape, prompts: Sequence[Ids], seed: int, temperature: float
     ) -> Iterator[GenOutput]:
-        engine: RolloutEngine = ENGINES[name](
-            self.model,
-            self.precision,
-            endings=Endings(self.codec.end_id),
-            capacity=Capacity(shape.groups * shape.rollouts),
-        )
+        engine = self._engine(name, shape)
         sampling = Sampling(temperature, shape.max_tokens)
         return engine.generate(
             [
                 GenRequest(index, ids, shape.rollouts, sampling, seed)
                 for index, ids in enumerate(prompts)
             ]
+        )
+
+    def _engine(self, name: str, shape: Shape) -> RolloutEngine:
+        if name not in ENGINES:
+            assert self._served is not None
+            return self._served
+        return ENGINES[name](
+            self.model,
+            self.precision,
+            endings=Endings(self.codec.end_id),
+            capacity=Capacity(shape.groups * shape.rollouts),
         )
 
 
@@ -208,9 +227,14 @@ def products_seconds(model: PreTrainedModel, num_rows: int) -> float:
         return statistics.median(seconds(products) for _ in range(5))
 
 
-def _comparison(case: str, turns: Sequence[Turn], peer: str) -> Comparison:
+def _peers(served: ServedEngine | None) -> dict[str, str]:
+    """What the static engine is compared with: names of samples, and for people."""
+    return PEERS if served is None else {**PEERS, "server": f"{served.owner} over HTTP"}
+
+
+def _comparison(case: str, turns: Sequence[Turn], peer: str, name: str) -> Comparison:
     ratios = [turn["static"].rate / turn[peer].rate for turn in turns]
-    return Comparison(case, PEERS[peer], ratios, goal=GOAL if peer == "reference" else None)
+    return Comparison(case, name, ratios, goal=GOAL if peer == "reference" else None)
 
 
 def _as_json(samples: dict[str, list[Turn]]) -> dict[str, list[dict[str, dict[str, float]]]]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils import logging as transformers_logging
 
 from gad_fast.bench.report import Comparison, Report
 from gad_fast.bench.trainer_passes import VARIANTS, Table, Variant
@@ -97,6 +98,8 @@ def measure(
     To be called in a process that has run nothing else.
     """
     torch.set_num_threads(threads)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     variant = VARIANTS[name]
     table = set_up(model, Work(**work), dtype, variant)
     samples = [_timed(table, variant) for _ in range(num_steps)][1:]
@@ -159,7 +162,8 @@ def random_groups(work: Work, num_tokens: int) -> list[Group]:
 
 
 def _measure_in_child(name: str, *words: Any) -> Sample:
-    command = [sys.executable, "-m", "gad_fast.bench.step", json.dumps([name, *words])]
+    # -P: not with the modules of the folder that this was started in.
+    command = [sys.executable, "-P", "-m", "gad_fast.bench.step", json.dumps([name, *words])]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -22,6 +22,7 @@ class Options(argparse.Namespace):
     model: Path
     folder: Path | None
     turns: int
+    server: str | None
 
 
 # Imported inside: torch and transformers take seconds, and neither help nor a mistake needs them.
@@ -58,7 +59,9 @@ def _kernels(options: Options) -> Report:
 def _rollouts(options: Options) -> Report:
     from gad_fast.bench import rollouts
 
-    return rollouts.run(options.model, quick=options.quick, num_turns=options.turns)
+    return rollouts.run(
+        options.model, quick=options.quick, num_turns=options.turns, server=options.server
+    )
 
 
 def _step(options: Options) -> Report:
@@ -120,6 +123,9 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("step", "rollouts"):
             what = "times that each side is measured; quick runs take one (default: 3)"
             command.add_argument("--turns", type=_count, default=3, metavar="N", help=what)
+        if name == "rollouts":
+            what = "a completions endpoint that serves the same model, as vLLM's: one more peer"
+            command.add_argument("--server", metavar="URL", help=what)
         if name == "cache":
             command.add_argument(
                 "--folder", type=Path, help="on the disk to measure; the temporary folder if absent"
