@@ -51,13 +51,21 @@ def rows_as_mask(tokens: Tensor, places: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def windows_noted() -> Generator[list[int | None]]:
-    """The window that each layer asks for when it attends in rows; None for all tokens."""
+    """The window that each layer asks for where it attends by ours; None for all tokens."""
     windows: list[int | None] = []
     token = _windows.set(windows)
     try:
         yield windows
     finally:
         _windows.reset(token)
+
+
+def note_window(window: int | None) -> None:
+    """A layer asks for this one."""
+    # Compiled code cannot ask, and would be cut in two here.
+    noted = None if torch.compiler.is_compiling() else _windows.get()
+    if noted is not None:
+        noted.append(window)
 
 
 def attend(
@@ -91,10 +99,7 @@ def attend(
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
     """Boolean [1, 1, L, L], the last `window` tokens of each; None where that is all of them."""
-    # Compiled code cannot ask, and would be cut in two here.
-    noted = None if torch.compiler.is_compiling() else _windows.get()
-    if noted is not None:
-        noted.append(window)
+    note_window(window)
     if window is None or window >= length:
         return None
     is_seen = torch.ones(1, 1, length, length, dtype=torch.bool, device=device)

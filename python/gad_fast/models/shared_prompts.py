@@ -40,18 +40,26 @@ def can_share_prompts(model: PreTrainedModel, *, max_tokens: int | None) -> bool
         return False  # such rows are not taken at all
     limit = _TOLERANCE[parameter.dtype] * padded.abs().max()
     is_same = bool((shared - padded).abs().max() <= limit)
-    return is_same and _are_narrow_windows_asked_for(model.config, windows, max_tokens)
+    return is_same and keeps_windows(model.config, windows, max_tokens=max_tokens)
 
 
-def _are_narrow_windows_asked_for(
-    config: PreTrainedConfig, windows: Sequence[int | None], max_tokens: int | None
+def keeps_windows(
+    config: PreTrainedConfig, asked: Sequence[int | None], *, max_tokens: int | None
 ) -> bool:
+    """Whether no layer sees less than it gets, or those that do ask for their window.
+
+    Args:
+        config: of a model.
+        asked: what `windows_noted` had from one pass through all layers, or from several.
+        max_tokens: most tokens of a sequence, None where it is not known.
+    """
     window = sliding_window(config)
     if window is None or (max_tokens is not None and max_tokens <= window):
         return True
     text: Any = config.get_text_config()
     types = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
-    return windows.count(window) == len(types) - types.count("full_attention")
+    num_narrow = len(types) - types.count("full_attention")
+    return bool(asked) and asked.count(window) * len(types) == num_narrow * len(asked)
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:

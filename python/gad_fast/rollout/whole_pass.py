@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gad_fast.errors import EngineError
-from gad_fast.models.shared_prompts import sliding_window
+from gad_fast.models.shared_prompts import keeps_windows, sliding_window
 from gad_fast.records import Ids, Logprobs
 from gad_fast.rollout.engine import GenOutput, GenRequest, RolloutEngine, Sampling
 from gad_fast.rollout.failures import in_a_line
@@ -54,13 +55,23 @@ def require_whole_pass_logprobs(
         )
 
 
-def require_whole_view(config: PreTrainedConfig, *, longest_sequence: int | None) -> None:
-    """Raises EngineError where layers see less than the longest sequence, None if not known."""
-    window = sliding_window(config)
-    if window is not None and (longest_sequence is None or window < longest_sequence):
+def require_windows(
+    config: PreTrainedConfig, asked: Sequence[int | None], *, longest_sequence: int | None
+) -> None:
+    """Raises EngineError where layers see less than they get and do not ask for their window.
+
+    The short answers above may be too short to show it.
+
+    Args:
+        config: of the student.
+        asked: the windows that `windows_noted` had from decode steps.
+        longest_sequence: most tokens of a prompt with its response, None where it is not known.
+    """
+    if not keeps_windows(config, asked, max_tokens=longest_sequence):
         most = "any number" if longest_sequence is None else longest_sequence
         raise EngineError(
-            f"its layers see a window of {window} tokens, and sequences have up to {most}"
+            f"its layers see {sliding_window(config)} tokens in a way of their own, and sequences "
+            f"have up to {most}"
         )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gad_fast import _core
-from gad_fast.rollout.static.attention import decode_attention, takes_boolean_masks
+from gad_fast.models.decode_attention import decode_attention, takes_boolean_masks
 from gad_fast.rollout.static.cache import Place, RowCache
 from gad_fast.rollout.static.graphs import Graphs, Recorder, Size
 from gad_fast.rollout.static.scheduler import Entry

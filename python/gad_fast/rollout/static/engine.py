@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from gad_fast.models.attention import windows_noted
 from gad_fast.records import Response
 from gad_fast.rollout.engine import EngineCaps, FinishReason, GenOutput, GenRequest, Sampling
 from gad_fast.rollout.failures import finite, told_as_engine_error
@@ -18,7 +19,7 @@ from gad_fast.rollout.static.decoder import Decoder
 from gad_fast.rollout.static.graphs import Size, cuda_recorder
 from gad_fast.rollout.static.scheduler import Finished, Rollout, Scheduler
 from gad_fast.rollout.streams import uniforms
-from gad_fast.rollout.whole_pass import require_whole_pass_logprobs, require_whole_view
+from gad_fast.rollout.whole_pass import require_whole_pass_logprobs, require_windows
 
 
 class StaticEngine(InProcessEngine):
@@ -33,10 +34,10 @@ class StaticEngine(InProcessEngine):
 
     def start(self) -> None:
         """Raises EngineError when the model's cache cannot be kept in rows."""
-        longest = self._capacity.longest_sequence
-        require_whole_view(self._model.config, longest_sequence=longest)
-        with self._precision.autocast():
+        with self._precision.autocast(), windows_noted() as windows:
             require_whole_pass_logprobs(self, self._model, self._precision.device)
+        longest = self._capacity.longest_sequence
+        require_windows(self._model.config, windows, longest_sequence=longest)
 
     def generate(self, requests: Sequence[GenRequest]) -> Iterator[GenOutput]:
         """Rollouts of all requests as they finish."""
@@ -58,7 +59,10 @@ class StaticEngine(InProcessEngine):
         )
         # One context for all steps: autocast casts the weights once in it, not once a step.
         doing = f"sampling {size.rows} rollouts"
-        with told_as_engine_error(doing, num_rows=size.rows), self._precision.autocast():
+        with (
+            told_as_engine_error(doing, num_rows=size.rows),
+            self._precision.autocast(),
+        ):
             decoder = self._decoder(size)
             while finished := _until_some_finish(scheduler, decoder, sampling):
                 with torch.autocast(self._precision.device.type, enabled=False):
