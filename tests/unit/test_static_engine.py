@@ -29,6 +29,8 @@ import tiny
 from engines import CPU, END, PROMPTS, llama, make, requests, tokens
 from gad_fast.config import HardwareSettings
 from gad_fast.errors import ConfigError, EngineError
+from gad_fast.models import few_rows
+from gad_fast.models.few_rows import in_blocks
 from gad_fast.models.loading import Precision
 from gad_fast.rollout import room
 from gad_fast.rollout.continuous import ContinuousEngine
@@ -266,6 +268,26 @@ def test_models_whose_cache_is_no_row_of_keys_and_values_fall_back_and_say_so() 
         reference = make(ReferenceEngine, model)
         wanted = requests(1, GREEDY)
         assert tokens(engine.generate(wanted)) == tokens(reference.generate(wanted))
+
+
+def test_float32_products_are_those_of_blocks_of_columns_while_sampling(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = ARCHITECTURES["qwen2"]()  # has biases
+    wanted = requests(3, SAMPLED)
+    expected = tokens(make(StaticEngine, model).generate(wanted))
+    calls: list[int] = []
+
+    def noted(rows: Any, weight: Any, bias: Any, num_blocks: int) -> Any:
+        calls.append(num_blocks)
+        return in_blocks(rows, weight, bias, num_blocks)
+
+    monkeypatch.setattr(few_rows, "in_blocks", noted)
+    monkeypatch.setattr(few_rows, "SMALLEST_WEIGHTS", 0)
+    monkeypatch.setattr(few_rows, "BLOCK_COLUMNS", range(4, 9))
+    assert tokens(make(StaticEngine, model).generate(wanted)) == expected
+    assert set(calls) == {2, 3}
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_an_unknown_engine_is_refused() -> None:

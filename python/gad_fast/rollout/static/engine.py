@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from gad_fast.models.attention import windows_noted
+from gad_fast.models.few_rows import few_row_products
 from gad_fast.records import Response
 from gad_fast.rollout.engine import EngineCaps, FinishReason, GenOutput, GenRequest, Sampling
 from gad_fast.rollout.failures import finite, told_as_engine_error
@@ -62,6 +63,7 @@ class StaticEngine(InProcessEngine):
         with (
             told_as_engine_error(doing, num_rows=size.rows),
             self._precision.autocast(),
+            few_row_products(self._model),
         ):
             decoder = self._decoder(size)
             while finished := _until_some_finish(scheduler, decoder, sampling):
