@@ -5,8 +5,8 @@ instead? Each measurement is a process of its own, turn by turn, so that neither
 other's caches or allocator. Needs `pip install -e '.[bench]'` and the quickstart's student.
 `gad-fast bench step` has what each saving of the trainer's part is worth.
 
-    python benchmarks/step.py MODEL [--size 4x4x64] [--dtype float32] [--turns 3]
-                              [--output benchmarks/results/FILE.json]
+    python benchmarks/step.py MODEL [--size 4x4x64] [--dtype float32] [--turns 3] [--steps 2]
+                              [--sides here ...] [--output benchmarks/results/FILE.json]
 
 A side named "a group at a time" has micro-batches of one group; the others take a step of 4x4x64 at
 once, as TRL does.
@@ -31,10 +31,8 @@ import torch
 from step_cost import here
 from step_cost.work import SIZES, Cost
 
-NUM_STEPS = 3
 DTYPES = ("float32", "bfloat16")
 PEER = "TRL"
-SIDES = (*here.WAYS, PEER)
 
 Sample = dict[str, Any]
 
@@ -43,19 +41,21 @@ def measure_here(arguments: argparse.Namespace) -> Cost:
     """One side's cost, in this process."""
     torch.set_num_threads(arguments.threads)
     size, dtype, side = SIZES[arguments.size], arguments.dtype, arguments.child
+    num_steps = 1 + arguments.steps  # what is done once is in the first, which is not counted
     with tempfile.TemporaryDirectory() as folder:
         if side == PEER:
             # Imported here: the package must not pay for TRL's imports in its own process.
             from step_cost import on_trl
 
-            return on_trl.run(arguments.model, size, dtype, NUM_STEPS, Path(folder))
-        return here.run(arguments.model, size, dtype, NUM_STEPS, Path(folder), side)
+            return on_trl.run(arguments.model, size, dtype, num_steps, Path(folder))
+        return here.run(arguments.model, size, dtype, num_steps, Path(folder), side)
 
 
 def measure(side: str, arguments: argparse.Namespace) -> Sample:
     """`measure_here`, in a process of its own."""
     words = [arguments.model, "--child", side, "--size", arguments.size]
     options = ["--dtype", arguments.dtype, "--threads", str(arguments.threads)]
+    options += ["--steps", str(arguments.steps)]
     command = [sys.executable, __file__, *words, *options]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode != 0:
@@ -65,9 +65,10 @@ def measure(side: str, arguments: argparse.Namespace) -> Sample:
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Medians of each side over the turns, ratios to the peer of the same turn, and all samples."""
-    turns = [{side: measure(side, arguments) for side in SIDES} for _ in range(arguments.turns)]
+    sides = (*arguments.sides, PEER)
+    turns = [{side: measure(side, arguments) for side in sides} for _ in range(arguments.turns)]
     return {side: _figures([turn[side] for turn in turns], [turn[PEER] for turn in turns])
-            for side in SIDES}  # fmt: skip
+            for side in sides}  # fmt: skip
 
 
 def _figures(own: list[Sample], peers: list[Sample]) -> dict[str, Any]:
@@ -115,7 +116,7 @@ def record(arguments: argparse.Namespace, results: dict[str, Any]) -> dict[str, 
     return {
         "size": asdict(SIZES[arguments.size]),
         "model": Path(arguments.model).name,
-        "steps": NUM_STEPS - 1,
+        "steps": arguments.steps,
         "turns": arguments.turns,
         "threads": arguments.threads,
         "processor": processor,
@@ -133,6 +134,8 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="4x4x64")
     parser.add_argument("--dtype", choices=DTYPES, help="only this one")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2, help="after a first one")
+    parser.add_argument("--sides", nargs="+", choices=here.WAYS, default=here.WAYS, metavar="SIDE")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path)
     parser.add_argument("--child", help="measure one side, here")
