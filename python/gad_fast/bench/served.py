@@ -30,7 +30,7 @@ _REASONS = {"stop": FinishReason.END, "length": FinishReason.LENGTH}
 
 
 class ServedEngine:
-    """Rollouts over HTTP, all requests at once."""
+    """Rollouts over HTTP, all requests at once; without seeds, of which vLLM may die on a CPU."""
 
     caps = EngineCaps(logprobs=False, in_place=False)
 
@@ -84,7 +84,6 @@ class ServedEngine:
                 model=self._model,
                 prompt=request.prompt_ids.tolist(),
                 n=request.n,
-                seed=request.seed + request.group_id,
                 max_tokens=sampling.max_tokens,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
