@@ -1,7 +1,7 @@
 """The continuous engine: transformers' continuous batching on the student's live weights.
 
-It pages its cache, so that it takes models with sliding windows. It computes in the weights' own
-dtype: its forward passes run in a thread that the trainer's autocast does not reach.
+It pages its cache, and leaves attention to the model. It computes in the weights' own dtype: its
+forward passes run in a thread that the trainer's autocast does not reach.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ContinuousEngine(InProcessEngine):
     for the same requests with the same seeds in the same order, not for each on its own.
     """
 
-    caps = EngineCaps(logprobs=True, in_place=True)
+    caps = EngineCaps(logprobs=True, in_place=True, may_hang=True)
 
     def start(self) -> None:
         """Raises EngineError when a short answer fails, or its log-probabilities are wrong."""

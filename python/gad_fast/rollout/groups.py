@@ -100,7 +100,7 @@ def iter_groups(
     buffer = RolloutBuffer(plan.group_size, streams=streams, max_staleness=0)
     complete: list[Found] = []
     try:
-        for output in outputs_within(plan.timeout_seconds, engine, requests):
+        for output in _outputs(engine, requests, plan):
             _push(buffer, prompts[output.group_id], output)
             while (batch := _take(buffer, plan)) is not None:
                 complete.append(_found(batch, prompts))
@@ -114,6 +114,16 @@ def iter_groups(
             f"{plan.weight_version} ({buffer.num_dropped} were of older weights)",
             complete,
         )
+
+
+def _outputs(
+    engine: RolloutEngine, requests: Sequence[GenRequest], plan: GroupPlan
+) -> Iterator[GenOutput]:
+    if engine.caps.may_hang:
+        return outputs_within(plan.timeout_seconds, engine, requests)
+    # In the trainer's thread: a second one has OpenMP threads of its own, more than there are
+    # cores, which then sleep between any two operations. Adapters sample 1.3 times as fast so.
+    return engine.generate(requests)
 
 
 def _require_trainable(sampling: Sampling) -> None:

@@ -34,7 +34,7 @@ class ReferenceEngine(InProcessEngine):
     the same seeds in the same order, not for each request on its own.
     """
 
-    caps = EngineCaps(logprobs=False, in_place=True)
+    caps = EngineCaps(logprobs=False, in_place=True, may_hang=False)
 
     def start(self) -> None:
         """Nothing to do: the weights are there."""

@@ -31,7 +31,7 @@ class StaticEngine(InProcessEngine):
     random number falls within a rounding of the border between them.
     """
 
-    caps = EngineCaps(logprobs=True, in_place=True)
+    caps = EngineCaps(logprobs=True, in_place=True, may_hang=False)
 
     def start(self) -> None:
         """Raises EngineError when the model's cache cannot be kept in rows."""
