@@ -54,5 +54,6 @@ class HardwareSettings(Settings):
     """Keep only what goes into each layer for the backward pass, which computes the rest again: far
     less memory, a third more work, the same gradients."""
     compile_layers: bool = False
-    """Run each layer of a training pass compiled by `torch.compile`: minutes at the start, equal
-    gradients up to roundings. Needs a C++ compiler on a CPU."""
+    """Run each layer compiled by `torch.compile`, in training passes and in the static engine's
+    decode steps: minutes at the start, equal results up to roundings. Needs a C++ compiler on a
+    CPU."""

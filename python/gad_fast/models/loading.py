@@ -32,7 +32,8 @@ class Precision:
         self.device = _device(settings.device)
         self.compute_dtype = _compute_dtype(settings.compute_dtype, self.device)
         self._recomputes = settings.gradient_checkpointing
-        self._compiles = settings.compile_layers
+        self.compiles = settings.compile_layers
+        """Whether layers run compiled."""
 
     @contextlib.contextmanager
     def forward_pass(self, model: nn.Module) -> Generator[None]:
@@ -43,10 +44,10 @@ class Precision:
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.autocast())
-            if (self._recomputes or self._compiles) and torch.is_grad_enabled():
+            if (self._recomputes or self.compiles) and torch.is_grad_enabled():
                 stack.enter_context(
                     altered_layers(
-                        model, is_recomputed=self._recomputes, is_compiled=self._compiles
+                        model, is_recomputed=self._recomputes, is_compiled=self.compiles
                     )
                 )
             yield
@@ -54,7 +55,7 @@ class Precision:
     def for_trial(self) -> Precision:
         """The same precision for a pass without data: on a CPU, and with nothing compiled."""
         other = copy.copy(self)
-        other.device, other._compiles = torch.device("cpu"), False
+        other.device, other.compiles = torch.device("cpu"), False
         return other
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:

@@ -30,23 +30,26 @@ class RowCache(Cache):
     """A cache in which each row is at a position of its own."""
 
     def __init__(self, like: DynamicCache, *, num_rows: int, num_columns: int) -> None:
-        self._rows = [_RowLayer(pair, num_rows, num_columns) for pair in keys_and_values(like)]
-        super().__init__(layers=list(self._rows))
+        self.parts = [RowLayer(pair, num_rows, num_columns) for pair in keys_and_values(like)]
+        """Those of each layer."""
+        super().__init__(layers=list(self.parts))
 
     def go_to(self, place: Place) -> None:
         """Says where the next forward pass writes."""
-        for layer in self._rows:
+        for layer in self.parts:
             layer.place = place
 
     def copy(self, source: int, row: int, length: int) -> None:
         """Copies the first `length` tokens of a row."""
         if source != row:
-            for layer in self._rows:
+            for layer in self.parts:
                 for memory in layer.memory:
                     memory[row, :, :length] = memory[source, :, :length]
 
 
-class _RowLayer(CacheLayerMixin):
+class RowLayer(CacheLayerMixin):
+    """Keys and values of one layer."""
+
     is_sliding = False
 
     def __init__(self, like: tuple[Tensor, Tensor], num_rows: int, num_columns: int) -> None:

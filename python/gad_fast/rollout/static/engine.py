@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -16,6 +17,7 @@ from gad_fast.rollout.requests import shared_sampling
 from gad_fast.rollout.room import one_token_cache, require_room
 from gad_fast.rollout.sampler import draw
 from gad_fast.rollout.static.cache import RowCache
+from gad_fast.rollout.static.compiled import compiled_layers
 from gad_fast.rollout.static.decoder import Decoder
 from gad_fast.rollout.static.graphs import Size, cuda_recorder
 from gad_fast.rollout.static.scheduler import Finished, Rollout, Scheduler
@@ -32,6 +34,7 @@ class StaticEngine(InProcessEngine):
     """
 
     caps = EngineCaps(logprobs=True, in_place=True, may_hang=False)
+    _compiles = False  # until the check is through, in which layers say what they ask for
 
     def start(self) -> None:
         """Raises EngineError when the model's cache cannot be kept in rows."""
@@ -39,6 +42,7 @@ class StaticEngine(InProcessEngine):
             require_whole_pass_logprobs(self, self._model, self._precision.device)
         longest = self._capacity.longest_sequence
         require_windows(self._model.config, windows, longest_sequence=longest)
+        self._compiles = self._precision.compiles
 
     def generate(self, requests: Sequence[GenRequest]) -> Iterator[GenOutput]:
         """Rollouts of all requests as they finish."""
@@ -60,22 +64,24 @@ class StaticEngine(InProcessEngine):
         )
         # One context for all steps: autocast casts the weights once in it, not once a step.
         doing = f"sampling {size.rows} rollouts"
-        with (
-            told_as_engine_error(doing, num_rows=size.rows),
-            self._precision.autocast(),
-            few_row_products(self._model),
-        ):
-            decoder = self._decoder(size)
-            while finished := _until_some_finish(scheduler, decoder, sampling):
-                with torch.autocast(self._precision.device.type, enabled=False):
-                    yield from map(self._output, finished)
+        with told_as_engine_error(doing, num_rows=size.rows), self._precision.autocast():
+            cache = self._cache(size)
+            with self._fast_layers(cache):
+                recorder = cuda_recorder(self._precision.device)
+                decoder = Decoder(self._model, cache, size, recorder)
+                while finished := _until_some_finish(scheduler, decoder, sampling):
+                    with torch.autocast(self._precision.device.type, enabled=False):
+                        yield from map(self._output, finished)
 
-    def _decoder(self, size: Size) -> Decoder:
-        device = self._precision.device
-        like = one_token_cache(self._model, device)
+    def _cache(self, size: Size) -> RowCache:
+        like = one_token_cache(self._model, self._precision.device)
         require_room(like, num_rows=size.rows, num_columns=size.width)
-        cache = RowCache(like, num_rows=size.rows, num_columns=size.width)
-        return Decoder(self._model, cache, size, cuda_recorder(device))
+        return RowCache(like, num_rows=size.rows, num_columns=size.width)
+
+    def _fast_layers(self, cache: RowCache) -> contextlib.AbstractContextManager[None]:
+        if self._compiles:
+            return compiled_layers(self._model, cache)
+        return few_row_products(self._model)
 
     def _output(self, finished: Finished) -> GenOutput:
         (request, number, _), reason = finished.rollout, finished.reason
