@@ -38,6 +38,11 @@ class _Layers(nn.Module):
         self.prime = nn.Linear(8, 8999)
 
 
+@pytest.fixture(autouse=True)
+def _mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+
+
 def _replaced(layers: nn.Module) -> list[str]:
     return [name for name, module in layers.named_modules() if "forward" in vars(module)]
 
@@ -66,10 +71,15 @@ def test_large_float32_layers_have_blocks_for_all_threads(
     assert _replaced(layers) == []
 
 
-def test_layers_are_as_before_after_an_error_and_under_autocast() -> None:
+def test_layers_are_as_before_after_an_error_and_where_products_are_not_mkls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     layers = _Layers()
     with torch.autocast("cpu"), few_row_products(layers):
         assert _replaced(layers) == []
     with pytest.raises(KeyError), few_row_products(layers):
         raise KeyError
     assert _replaced(layers) == []
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    with few_row_products(layers):
+        assert _replaced(layers) == []

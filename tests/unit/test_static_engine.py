@@ -282,6 +282,7 @@ def test_float32_products_are_those_of_blocks_of_columns_while_sampling(
         calls.append(num_blocks)
         return in_blocks(rows, weight, bias, num_blocks)
 
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(few_rows, "in_blocks", noted)
     monkeypatch.setattr(few_rows, "SMALLEST_WEIGHTS", 0)
     monkeypatch.setattr(few_rows, "BLOCK_COLUMNS", range(4, 9))

@@ -26,11 +26,10 @@ SMALLEST_WEIGHTS = 2**16
 def few_row_products(model: nn.Module) -> Generator[None]:
     """Within it, linear layers with float32 weights on a CPU take few rows in blocks of columns.
 
-    For passes without gradients. Under autocast, whose products are no longer MKL's, it does
-    nothing.
+    For passes without gradients. Where products are not MKL's, as under autocast, it does nothing.
     """
     layers: dict[nn.Linear, int] = {}
-    if not torch.is_autocast_enabled("cpu"):
+    if torch.backends.mkl.is_available() and not torch.is_autocast_enabled("cpu"):
         layers = {
             layer: count
             for layer in model.modules()
