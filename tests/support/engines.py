@@ -85,7 +85,7 @@ class FakeEngine:
         logprobs: bool = True,
     ) -> None:
         self.version, self.missing, self.fails, self.hangs = version, missing, fails, hangs
-        self.caps = EngineCaps(logprobs=logprobs, in_place=False, may_hang=True)
+        self.caps = EngineCaps(logprobs=logprobs, in_place=False)
 
     def start(self) -> None:
         pass

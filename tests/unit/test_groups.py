@@ -1,16 +1,23 @@
 """Whole groups from an engine's single rollouts, in whatever order and from whatever weights."""
 
+import copy
 import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from engines import FakeEngine
+from engines import CPU, END, FakeEngine, llama
 from gad_fast.errors import ConfigError
 from gad_fast.records import EncodedExample, Example, Response
-from gad_fast.rollout.engine import RolloutEngine, Sampling
+from gad_fast.rollout.endings import Endings
+from gad_fast.rollout.engine import Capacity, GenOutput, GenRequest, RolloutEngine, Sampling
 from gad_fast.rollout.groups import GroupPlan, GroupsError, iter_groups, sample_groups
+from gad_fast.rollout.reference import ReferenceEngine
+from gad_fast.rollout.static.engine import StaticEngine
 
 PROMPTS = [
     EncodedExample(
@@ -93,6 +100,36 @@ def test_an_engine_that_hangs_is_left_behind() -> None:
         sample_groups(engine, PROMPTS, replace(PLAN, timeout_seconds=0.05))
     release.set()
     assert [found.index for found in caught.value.found] == [2, 1]
+
+
+class _Noted(FakeEngine):
+    """Notes the thread that it answers in."""
+
+    thread: threading.Thread | None = None
+
+    def generate(self, requests: Sequence[GenRequest]) -> Iterator[GenOutput]:
+        self.thread = threading.current_thread()
+        yield from super().generate(requests)
+
+
+def test_an_engine_samples_in_the_callers_thread_unless_it_may_hang() -> None:
+    engine = _Noted()
+    assert len(sample_groups(engine, PROMPTS, PLAN)) == 3
+    assert engine.thread is not threading.current_thread()
+    engine.caps = replace(engine.caps, may_hang=False)
+    assert len(sample_groups(engine, PROMPTS, PLAN)) == 3
+    assert engine.thread is threading.current_thread()
+
+
+@pytest.mark.parametrize("kind", [StaticEngine, ReferenceEngine])
+@pytest.mark.parametrize(("device", "may_hang"), [("cpu", False), ("cuda", True)])
+def test_engines_in_process_may_hang_where_they_wait_for_a_device(
+    kind: type[Any], device: str, may_hang: bool
+) -> None:
+    precision = copy.copy(CPU)
+    precision.device = torch.device(device)
+    engine = kind(llama(), precision, endings=Endings(END), capacity=Capacity(1))
+    assert engine.caps.may_hang is may_hang
 
 
 @pytest.mark.parametrize("cut", [{"top_k": 5}, {"top_p": 0.9}, {"stop": ("\n",)}])

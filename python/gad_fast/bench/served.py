@@ -32,7 +32,7 @@ _REASONS = {"stop": FinishReason.END, "length": FinishReason.LENGTH}
 class ServedEngine:
     """Rollouts over HTTP, all requests at once; without seeds, of which vLLM may die on a CPU."""
 
-    caps = EngineCaps(logprobs=False, in_place=False, may_hang=True)
+    caps = EngineCaps(logprobs=False, in_place=False)
 
     def __init__(self, url: str) -> None:
         """Opens no connection yet.

@@ -31,4 +31,5 @@ class RolloutSettings(Settings):
     engine's log-probabilities are not its own. An engine with a copy of the weights is probed in
     every step."""
     timeout_seconds: float = Field(default=1800.0, gt=0)
-    """The run stops when no rollout has finished for so long."""
+    """The run stops when no rollout has finished for so long. On a CPU `static` and `reference`,
+    which wait for nobody, sample in the trainer's thread and are not stopped."""

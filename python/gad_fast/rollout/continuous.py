@@ -37,7 +37,7 @@ class ContinuousEngine(InProcessEngine):
     for the same requests with the same seeds in the same order, not for each on its own.
     """
 
-    caps = EngineCaps(logprobs=True, in_place=True, may_hang=True)
+    caps = EngineCaps(logprobs=True, in_place=True)
 
     def start(self) -> None:
         """Raises EngineError when a short answer fails, or its log-probabilities are wrong."""

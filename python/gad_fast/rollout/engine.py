@@ -23,8 +23,8 @@ class EngineCaps:
     """Outputs carry the log-probability of each token."""
     in_place: bool
     """Shares the trainer's weights: an update needs no transfer."""
-    may_hang: bool
-    """Waits for another thread or a server, and is given up when no rollout comes for too long."""
+    may_hang: bool = True
+    """Waits for a device, a thread or a server; given up when no rollout comes for too long."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,10 @@ class InProcessEngine:
         self._endings, self._capacity = endings, capacity
         self._weight_version = 0
 
+    @property
+    def _waits_for_a_device(self) -> bool:
+        return self._precision.device.type != "cpu"
+
     def sync_weights(self, source: WeightSource, version: int) -> SyncReport:
         """Notes the version: the engine samples from the trainer's own weights."""
         del source

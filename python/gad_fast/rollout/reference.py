@@ -34,7 +34,10 @@ class ReferenceEngine(InProcessEngine):
     the same seeds in the same order, not for each request on its own.
     """
 
-    caps = EngineCaps(logprobs=False, in_place=True, may_hang=False)
+    @property
+    def caps(self) -> EngineCaps:
+        """In the trainer's thread on a CPU, where it waits for nobody."""
+        return EngineCaps(logprobs=False, in_place=True, may_hang=self._waits_for_a_device)
 
     def start(self) -> None:
         """Nothing to do: the weights are there."""

@@ -33,8 +33,12 @@ class StaticEngine(InProcessEngine):
     random number falls within a rounding of the border between them.
     """
 
-    caps = EngineCaps(logprobs=True, in_place=True, may_hang=False)
     _compiles = False  # until the check is through, in which layers say what they ask for
+
+    @property
+    def caps(self) -> EngineCaps:
+        """In the trainer's thread on a CPU, where it waits for nobody."""
+        return EngineCaps(logprobs=True, in_place=True, may_hang=self._waits_for_a_device)
 
     def start(self) -> None:
         """Raises EngineError when the model's cache cannot be kept in rows."""
