@@ -31,7 +31,6 @@ class RowCache(Cache):
 
     def __init__(self, like: DynamicCache, *, num_rows: int, num_columns: int) -> None:
         self.parts = [RowLayer(pair, num_rows, num_columns) for pair in keys_and_values(like)]
-        """Those of each layer."""
         super().__init__(layers=list(self.parts))
 
     def go_to(self, place: Place) -> None:

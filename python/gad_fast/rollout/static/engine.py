@@ -71,8 +71,7 @@ class StaticEngine(InProcessEngine):
         with told_as_engine_error(doing, num_rows=size.rows), self._precision.autocast():
             cache = self._cache(size)
             with self._fast_layers(cache):
-                recorder = cuda_recorder(self._precision.device)
-                decoder = Decoder(self._model, cache, size, recorder)
+                decoder = Decoder(self._model, cache, size, cuda_recorder(self._precision.device))
                 while finished := _until_some_finish(scheduler, decoder, sampling):
                     with torch.autocast(self._precision.device.type, enabled=False):
                         yield from map(self._output, finished)
