@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Generator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from gad_fast.models.layers import forwards_replaced
 
 MOST_ROWS = 64
 """Above it, one product is as fast."""
@@ -22,27 +25,19 @@ SMALLEST_WEIGHTS = 2**16
 """Weights with fewer elements, as those of adapters, are multiplied as they are."""
 
 
-@contextlib.contextmanager
-def few_row_products(model: nn.Module) -> Generator[None]:
+def few_row_products(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Within it, linear layers with float32 weights on a CPU take few rows in blocks of columns.
 
     For passes without gradients. Where products are not MKL's, as under autocast, it does nothing.
     """
-    layers: dict[nn.Linear, int] = {}
+    forwards: dict[nn.Module, Callable[..., Any]] = {}
     if torch.backends.mkl.is_available() and not torch.is_autocast_enabled("cpu"):
-        layers = {
-            layer: count
+        forwards = {
+            layer: functools.partial(_linear, layer, count)
             for layer in model.modules()
             if type(layer) is nn.Linear and (count := _num_blocks(layer.weight)) > 1
         }
-    for layer, count in layers.items():
-        # An attribute of the object hides the method of its class.
-        setattr(layer, "forward", functools.partial(_linear, layer, count))  # noqa: B010
-    try:
-        yield
-    finally:
-        for layer in layers:
-            delattr(layer, "forward")
+    return forwards_replaced(forwards)
 
 
 def in_blocks(rows: Tensor, weight: Tensor, bias: Tensor | None, num_blocks: int) -> Tensor:

@@ -12,7 +12,7 @@ import functools
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import torch
@@ -48,6 +48,19 @@ def altered_layers(model: nn.Module, *, is_recomputed: bool, is_compiled: bool) 
     finally:
         for layer in layers:
             layer.gradient_checkpointing = layer.training = False
+
+
+@contextlib.contextmanager
+def forwards_replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Generator[None]:
+    """Context in which each of these modules runs another function for its forward pass."""
+    for module, forward in forwards.items():
+        # An attribute of the object hides the method of its class.
+        setattr(module, "forward", forward)  # noqa: B010
+    try:
+        yield
+    finally:
+        for module in forwards:
+            delattr(module, "forward")
 
 
 def layers_of(model: nn.Module) -> list[GradientCheckpointingLayer]:

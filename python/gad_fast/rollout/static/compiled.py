@@ -8,33 +8,29 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from gad_fast.models.layers import layers_of
+from gad_fast.models.layers import forwards_replaced, layers_of
 from gad_fast.rollout.static.cache import RowCache, RowLayer
 
 
-@contextlib.contextmanager
-def compiled_layers(model: PreTrainedModel, cache: RowCache) -> Generator[None]:
+def compiled_layers(
+    model: PreTrainedModel, cache: RowCache
+) -> contextlib.AbstractContextManager[None]:
     """Within it, passes of one token a row over this cache run through `torch.compile`.
 
     Raises:
         ConfigError: the model's layers are none of transformers'.
     """
-    layers = layers_of(model)
-    for layer, part in zip(layers, cache.parts, strict=True):
-        # An attribute of the object hides the method of its class.
-        setattr(layer, "forward", functools.partial(_run, layer, cache, part))  # noqa: B010
-    try:
-        yield
-    finally:
-        for layer in layers:
-            delattr(layer, "forward")
+    pairs = zip(layers_of(model), cache.parts, strict=True)
+    return forwards_replaced(
+        {layer: functools.partial(_run, layer, cache, part) for layer, part in pairs}
+    )
 
 
 def _run(layer: nn.Module, cache: RowCache, part: RowLayer, *args: Any, **kwargs: Any) -> Any:
