@@ -108,13 +108,21 @@ def run(
     remarks: list[str] = []
     for dtype in dtypes:
         bench = Bench(folder, dtype, served)
-        if dtype == "float32":
-            bench.check_equal()
-        bench.compare(SMALL, 1)  # what is loaded once is not an engine's
-        for shape in shapes:
+        for shape, turns in bench.compare_all(shapes, num_turns):
             case = f"{dtype} {shape}"
-            samples[case] = bench.compare(shape, num_turns)
-            remarks.append(f"{case}: {bench.limit([turn['static'] for turn in samples[case]])}")
+            samples[case] = turns
+            remarks.append(f"{case}: {bench.limit([turn['static'] for turn in turns])}")
+    return _report(folder, samples, remarks, _peers(served), quick=quick)
+
+
+def _report(
+    folder: Path,
+    samples: dict[str, list[Turn]],
+    remarks: list[str],
+    peers: dict[str, str],
+    *,
+    quick: bool,
+) -> Report:
     return Report(
         name="rollouts",
         is_quick=quick,
@@ -128,7 +136,7 @@ def run(
         comparisons=[
             _comparison(case, turns, peer, name)
             for case, turns in samples.items()
-            for peer, name in _peers(served).items()
+            for peer, name in peers.items()
         ],
         samples=_as_json(samples),
         remarks=remarks,
@@ -143,7 +151,17 @@ class Bench:
         self.model = load_causal_lm(str(folder), dtype=dtype, device=self.precision.device)
         self.codec = TextCodec.from_pretrained(str(folder))
         self._source, self._served = lines(), served
-        self._names = [*ENGINES, *_peers(served).keys() - PEERS.keys()]
+        self._dtype, self._names = dtype, [*ENGINES, *_peers(served).keys() - PEERS.keys()]
+
+    def compare_all(
+        self, shapes: Sequence[Shape], num_turns: int
+    ) -> Iterator[tuple[Shape, list[Turn]]]:
+        """Samples of all engines at each shape, after a check that they give the same."""
+        if self._dtype == "float32":
+            self.check_equal()
+        self.compare(SMALL, 1)  # what is loaded once is not an engine's
+        for shape in shapes:
+            yield shape, self.compare(shape, num_turns)
 
     def check_equal(self) -> None:
         """Fails unless the likeliest tokens are the same by all engines."""
