@@ -122,7 +122,7 @@ def _outputs(
     if engine.caps.may_hang:
         return outputs_within(plan.timeout_seconds, engine, requests)
     # In the trainer's thread: a second one has OpenMP threads of its own, more than there are
-    # cores, which then sleep between any two operations. Adapters sample 1.3 times as fast so.
+    # cores, which then sleep between any two operations. Adapters sample 1.5 times as fast so.
     return engine.generate(requests)
 
 
